@@ -1,0 +1,303 @@
+//! Floor 4: how many sandboxes exist, and which of them are warm.
+//!
+//! A permit of the capacity travels with each sandbox and comes back after its removal, so that no
+//! moment has more sandboxes than `Settings::capacity`. A sandbox is never given to a second user.
+
+use std::collections::VecDeque;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::time::Duration;
+
+use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
+use tokio::time::Instant;
+
+use crate::metrics::{Counted, Metrics};
+use crate::runtime::{self, Fate, SandboxId, SandboxSpec, SessionKey, SharedRuntime};
+use crate::supervisor::{self, Caps, Supervisor};
+
+/// After a failed creation or removal; doubled up to the last with each more.
+const RETRY: (Duration, Duration) = (Duration::from_millis(200), Duration::from_secs(10));
+/// A driver's removal that takes longer is tried again.
+const REMOVE_TIMEOUT: Duration = Duration::from_secs(20);
+
+/// What the pool is to hold, and what its sandboxes are.
+#[derive(Debug, Clone)]
+pub struct Settings {
+    /// Sandboxes made ahead of anyone who wants them.
+    pub size: usize,
+    /// Creations at once.
+    pub starting_max: usize,
+    /// Sandboxes that may exist, in whatever state.
+    pub capacity: usize,
+    /// From asking the engine to the supervisor's hello.
+    pub create_timeout: Duration,
+    /// The limits of each.
+    pub spec: SandboxSpec,
+    /// The caps of their runs.
+    pub caps: Caps,
+}
+
+/// Why a claim failed.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The engine's part.
+    #[error(transparent)]
+    Runtime(#[from] runtime::Error),
+    /// The new sandbox's part.
+    #[error("a new sandbox did not come up: {0}")]
+    Supervisor(#[from] supervisor::Error),
+    /// It took longer than `create_timeout`.
+    #[error("the engine did not make a sandbox within {0:?}")]
+    Late(Duration),
+    /// As many sandboxes exist as may.
+    #[error("as many sandboxes exist as may")]
+    Full,
+}
+
+/// The sandboxes of a server. A cheap handle; the last one to go stops the making of more.
+#[derive(Debug, Clone)]
+pub struct Pool(Arc<Inner>);
+
+#[derive(Debug)]
+struct Inner {
+    runtime: SharedRuntime,
+    settings: Settings,
+    metrics: Arc<Metrics>,
+    capacity: Arc<Semaphore>,
+    starting: Semaphore,
+    warm: Mutex<VecDeque<Ready>>,
+    wanted: Arc<Notify>,
+}
+
+/// A sandbox that waits for its user.
+#[derive(Debug)]
+struct Ready {
+    held: Held,
+    _counted: Counted,
+}
+
+/// A sandbox with everything that goes with it. To be given back by `Pool::remove`.
+#[derive(Debug)]
+pub struct Held {
+    /// The engine's name for it.
+    pub id: SandboxId,
+    /// The conversation with it.
+    pub supervisor: Supervisor,
+    permit: OwnedSemaphorePermit,
+}
+
+/// A sandbox that belongs to a session.
+#[derive(Debug)]
+pub struct Claimed {
+    /// The sandbox.
+    pub held: Held,
+    /// When the session got it.
+    pub since: Instant,
+    counted: Counted,
+}
+
+impl Pool {
+    /// A pool that begins to fill at once.
+    pub fn new(runtime: SharedRuntime, settings: Settings, metrics: Arc<Metrics>) -> Pool {
+        let pool = Pool(Arc::new(Inner {
+            runtime,
+            metrics,
+            capacity: Arc::new(Semaphore::new(settings.capacity)),
+            starting: Semaphore::new(settings.starting_max.max(1)),
+            settings,
+            warm: Mutex::default(),
+            wanted: Arc::new(Notify::new()),
+        }));
+        if pool.0.settings.size > 0 {
+            tokio::spawn(fill(Arc::downgrade(&pool.0), pool.0.wanted.clone())); // ends with the pool
+        }
+        pool
+    }
+
+    /// The engine below.
+    pub fn runtime(&self) -> &SharedRuntime {
+        &self.0.runtime
+    }
+
+    /// Sandboxes that wait for a user.
+    pub fn warm(&self) -> usize {
+        self.0.warm().len()
+    }
+
+    /// A sandbox for a session: a warm one, else a new one.
+    pub async fn claim(&self, owner: &SessionKey) -> Result<Claimed, Error> {
+        let (held, how) = match self.take_warm().await {
+            Some(held) => (held, "hit"),
+            None => (self.make().await?, "miss"),
+        };
+        self.0.metrics.claims.with_label_values(&[how]).inc();
+        if let Err(error) = self.0.runtime.claim(&held.id, owner).await {
+            self.0.failed("claim");
+            self.discard(held);
+            return Err(error.into());
+        }
+        Ok(Claimed { held, since: Instant::now(), counted: self.0.counted("claimed") })
+    }
+
+    /// Removes a claimed sandbox in the background: until it is gone, however often that takes.
+    pub fn remove(&self, claimed: Claimed) {
+        let Claimed { held, since: _, counted } = claimed;
+        drop(counted);
+        self.discard(held);
+    }
+
+    /// Removes all that waits and makes no more; what is claimed is its session's to give back.
+    pub async fn close(&self) {
+        self.0.starting.close();
+        let warm: Vec<_> = self.0.warm().drain(..).collect();
+        for Ready { held, _counted } in warm {
+            drop(_counted);
+            self.discard(held);
+        }
+        let all = u32::try_from(self.0.settings.capacity).unwrap_or(u32::MAX);
+        let _ = self.0.capacity.acquire_many(all).await; // every permit is back: every sandbox is gone
+    }
+
+    async fn take_warm(&self) -> Option<Held> {
+        loop {
+            let Ready { held, _counted } = self.0.warm().pop_front()?;
+            self.0.wanted.notify_one();
+            // It may have died while it waited.
+            if matches!(self.0.runtime.fate(&held.id).await, Ok(Fate::Running { .. })) {
+                return Some(held);
+            }
+            self.discard(held);
+        }
+    }
+
+    /// In a task of its own: a client that goes away leaves a sandbox that the next one gets.
+    async fn make(&self) -> Result<Held, Error> {
+        let pool = self.clone();
+        let (send, receive) = tokio::sync::oneshot::channel();
+        tokio::spawn(async move {
+            if let Err(Ok(unwanted)) = send.send(pool.0.make().await) {
+                pool.keep_or_discard(unwanted);
+            }
+        });
+        receive.await.unwrap_or(Err(Error::Full))
+    }
+
+    fn keep_or_discard(&self, held: Held) {
+        if self.warm() < self.0.settings.size && !self.0.starting.is_closed() {
+            self.0.keep(held);
+        } else {
+            self.discard(held);
+        }
+    }
+
+    fn discard(&self, held: Held) {
+        tokio::spawn(remove(self.0.runtime.clone(), held, self.0.metrics.clone())); // ends when it is gone
+    }
+}
+
+impl Inner {
+    fn warm(&self) -> MutexGuard<'_, VecDeque<Ready>> {
+        self.warm.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn counted(&self, state: &str) -> Counted {
+        Counted::new(self.metrics.sandboxes.with_label_values(&[state]))
+    }
+
+    fn failed(&self, operation: &str) {
+        self.metrics.engine_errors.with_label_values(&[operation]).inc();
+    }
+
+    fn keep(&self, held: Held) {
+        let ready = Ready { held, _counted: self.counted("warm") };
+        self.warm().push_back(ready);
+    }
+
+    async fn make(&self) -> Result<Held, Error> {
+        let permit = self.capacity.clone().try_acquire_owned().map_err(|_| Error::Full)?;
+        let _turn = self.starting.acquire().await.map_err(|_| Error::Full)?;
+        let _counted = self.counted("starting");
+        let begun = Instant::now();
+        let limit = self.settings.create_timeout;
+        let made = tokio::time::timeout(limit, self.runtime.create(&self.settings.spec)).await;
+        let sandbox = match made {
+            Ok(Ok(sandbox)) => sandbox,
+            Ok(Err(error)) => {
+                self.failed("create");
+                return Err(error.into());
+            }
+            Err(_) => {
+                self.failed("create");
+                return Err(Error::Late(limit));
+            }
+        };
+        match Supervisor::attach(sandbox.stream, &self.settings.caps, begun + limit).await {
+            Ok((supervisor, _)) => {
+                self.metrics.create_seconds.observe(begun.elapsed().as_secs_f64());
+                Ok(Held { id: sandbox.id, supervisor, permit })
+            }
+            Err(error) => {
+                self.failed("attach");
+                let fate = self.runtime.fate(&sandbox.id).await;
+                tracing::warn!(sandbox = %sandbox.id, %error, ?fate, "a new sandbox did not come up");
+                tokio::spawn(remove_by_id(self.runtime.clone(), sandbox.id, permit, self.metrics.clone()));
+                Err(error.into())
+            }
+        }
+    }
+}
+
+/// Keeps the pool full for as long as there is one.
+async fn fill(pool: Weak<Inner>, wanted: Arc<Notify>) {
+    let mut pause = RETRY.0;
+    loop {
+        let Some(inner) = pool.upgrade() else { return };
+        if inner.starting.is_closed() {
+            return;
+        }
+        if inner.warm().len() >= inner.settings.size {
+            drop(inner);
+            // Woken by each claim; now and then also looks whether the pool still exists.
+            let _ = tokio::time::timeout(RETRY.1, wanted.notified()).await;
+            continue;
+        }
+        match inner.make().await {
+            Ok(held) => {
+                pause = RETRY.0;
+                if inner.starting.is_closed() {
+                    Pool(inner).discard(held);
+                    return;
+                }
+                inner.keep(held);
+            }
+            Err(error) => {
+                tracing::warn!(%error, retry_in = ?pause, "cannot make a sandbox for the pool");
+                drop(inner);
+                tokio::time::sleep(pause).await;
+                pause = (pause * 2).min(RETRY.1);
+            }
+        }
+    }
+}
+
+async fn remove(runtime: SharedRuntime, held: Held, metrics: Arc<Metrics>) {
+    let Held { id, supervisor, permit } = held;
+    drop(supervisor); // an attached stream can wedge an engine's removal
+    remove_by_id(runtime, id, permit, metrics).await;
+}
+
+async fn remove_by_id(runtime: SharedRuntime, id: SandboxId, permit: OwnedSemaphorePermit, metrics: Arc<Metrics>) {
+    let _counted = Counted::new(metrics.sandboxes.with_label_values(&["removing"]));
+    let mut pause = RETRY.0;
+    loop {
+        let why = match tokio::time::timeout(REMOVE_TIMEOUT, runtime.remove(&id)).await {
+            Ok(Ok(())) => break,
+            Ok(Err(error)) => error.to_string(),
+            Err(_) => format!("no answer within {REMOVE_TIMEOUT:?}"),
+        };
+        metrics.engine_errors.with_label_values(&["remove"]).inc();
+        tracing::warn!(sandbox = %id, error = why, retry_in = ?pause, "cannot remove a sandbox");
+        tokio::time::sleep(pause).await;
+        pause = (pause * 2).min(RETRY.1);
+    }
+    drop(permit);
+}

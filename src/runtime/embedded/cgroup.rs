@@ -1,0 +1,287 @@
+//! Control groups: the limits of a sandbox as a whole, where this process may write them.
+//!
+//! Version 2 needs a delegated group; the sandbox is then born in its own. Version 1 has a hierarchy for
+//! each controller, into which the running process is moved while its Python starts.
+
+use std::fs;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use rustix::fs::{Mode, OFlags};
+
+use crate::runtime::{Limit, SandboxSpec};
+
+/// Microseconds over which the CPU quota counts: the kernel's own default.
+const PERIOD_US: u64 = 100_000;
+/// A group is busy for a moment after its last process: `rmdir` is tried again that often.
+const REMOVALS: u32 = 100;
+const CONTROLLERS: [(Limit, &str); 3] =
+    [(Limit::Memory, "memory"), (Limit::Processes, "pids"), (Limit::Cpus, "cpu")];
+
+/// Where groups for sandboxes can be made.
+#[derive(Debug)]
+pub(super) enum Hierarchy {
+    /// One directory for all controllers.
+    V2(PathBuf),
+    /// A directory for each controller that can be written.
+    V1(Vec<(Limit, PathBuf)>),
+    /// None, and why.
+    Missing(String),
+}
+
+impl Hierarchy {
+    /// Finds what this process may write and makes the server's own directory there.
+    pub(super) fn find(instance: &str) -> Hierarchy {
+        let (Ok(groups), Ok(mounts)) =
+            (fs::read_to_string("/proc/self/cgroup"), fs::read_to_string("/proc/self/mountinfo"))
+        else {
+            return Hierarchy::Missing("/proc tells of no control groups".into());
+        };
+        let name = format!("codesandbox-{instance}-{}", std::process::id());
+        match unified(&groups, &mounts) {
+            Some(own) => version_2(&own, &name),
+            None => version_1(&groups, &mounts, &name),
+        }
+    }
+
+    /// The limits that it enforces.
+    pub(super) fn limits(&self) -> Vec<Limit> {
+        match self {
+            Hierarchy::V2(_) => CONTROLLERS.iter().map(|(limit, _)| *limit).collect(),
+            Hierarchy::V1(directories) => directories.iter().map(|(limit, _)| *limit).collect(),
+            Hierarchy::Missing(_) => Vec::new(),
+        }
+    }
+
+    /// What to call it in a report.
+    pub(super) fn describe(&self) -> String {
+        match self {
+            Hierarchy::V2(_) => "cgroup v2".into(),
+            Hierarchy::V1(_) => "cgroup v1".into(),
+            Hierarchy::Missing(why) => why.clone(),
+        }
+    }
+
+    /// A group with the limits of one sandbox.
+    pub(super) fn create(&self, number: u64, spec: &SandboxSpec) -> io::Result<Group> {
+        let name = format!("sandbox-{number}");
+        let parents: Vec<_> = match self {
+            Hierarchy::V2(directory) => vec![(None, directory)],
+            Hierarchy::V1(directories) => directories.iter().map(|(limit, path)| (Some(*limit), path)).collect(),
+            Hierarchy::Missing(_) => Vec::new(),
+        };
+        let mut group = Group { directories: Vec::new(), version_2: matches!(self, Hierarchy::V2(_)) };
+        for (limit, parent) in parents {
+            let directory = parent.join(&name);
+            fs::create_dir(&directory)?;
+            group.directories.push((limit, directory.clone()));
+            write_limits(limit, &directory, spec)?;
+        }
+        Ok(group)
+    }
+}
+
+impl Drop for Hierarchy {
+    /// The server's own directory goes with it, once the groups in it are gone.
+    fn drop(&mut self) {
+        let directories = match self {
+            Hierarchy::V2(directory) => vec![&*directory],
+            Hierarchy::V1(directories) => directories.iter_mut().map(|(_, path)| &*path).collect(),
+            Hierarchy::Missing(_) => Vec::new(),
+        };
+        for directory in directories {
+            sweep(directory);
+        }
+    }
+}
+
+/// One sandbox's control groups; removed when dropped.
+#[derive(Debug)]
+pub(super) struct Group {
+    directories: Vec<(Option<Limit>, PathBuf)>,
+    version_2: bool,
+}
+
+impl Group {
+    /// The directory to be born in, for version 2.
+    pub(super) fn open(&self) -> io::Result<Option<OwnedFd>> {
+        match self.directories.first() {
+            Some((None, directory)) => {
+                Ok(Some(rustix::fs::open(directory, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?))
+            }
+            _ => Ok(None),
+        }
+    }
+
+    /// Moves a process into the groups of version 1; about 7 ms each on a kernel that waits for RCU.
+    pub(super) fn attach(&self, pid: u32) -> io::Result<()> {
+        for (limit, directory) in &self.directories {
+            if limit.is_some() {
+                fs::write(directory.join("cgroup.procs"), pid.to_string())?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Processes in it that were killed for want of memory; `None` where nobody counts.
+    pub(super) fn out_of_memory_kills(&self) -> Option<u64> {
+        let file = if self.version_2 { "memory.events" } else { "memory.oom_control" };
+        let (_, directory) =
+            self.directories.iter().find(|(limit, _)| matches!(limit, None | Some(Limit::Memory)))?;
+        let text = fs::read_to_string(directory.join(file)).ok()?;
+        text.lines().find_map(|line| line.strip_prefix("oom_kill "))?.trim().parse().ok()
+    }
+}
+
+impl Drop for Group {
+    fn drop(&mut self) {
+        for (_, directory) in &self.directories {
+            remove(directory);
+        }
+    }
+}
+
+fn write_limits(limit: Option<Limit>, directory: &Path, spec: &SandboxSpec) -> io::Result<()> {
+    let write = |file: &str, value: String| fs::write(directory.join(file), value);
+    let optional = |file: &str, value: String| match write(file, value) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()), // a kernel without swap accounting
+        done => done,
+    };
+    let quota = (spec.cpus * PERIOD_US as f64) as u64;
+    match limit {
+        None => {
+            write("memory.max", spec.memory_bytes.to_string())?;
+            optional("memory.swap.max", "0".into())?;
+            write("pids.max", spec.processes.to_string())?;
+            write("cpu.max", format!("{quota} {PERIOD_US}"))
+        }
+        Some(Limit::Memory) => {
+            write("memory.limit_in_bytes", spec.memory_bytes.to_string())?;
+            optional("memory.memsw.limit_in_bytes", spec.memory_bytes.to_string())
+        }
+        Some(Limit::Processes) => write("pids.max", spec.processes.to_string()),
+        Some(Limit::Cpus) => {
+            write("cpu.cfs_period_us", PERIOD_US.to_string())?;
+            write("cpu.cfs_quota_us", quota.to_string())
+        }
+    }
+}
+
+/// This process's group of the unified hierarchy, where that one has the controllers.
+fn unified(groups: &str, mounts: &str) -> Option<PathBuf> {
+    let path = groups.lines().find_map(|line| line.strip_prefix("0::"))?;
+    let mount = mounts.lines().find_map(|line| mount_point(line, |kind, _| kind == "cgroup2"))?;
+    let own = below(&mount, path);
+    let controllers = fs::read_to_string(own.join("cgroup.controllers")).ok()?;
+    CONTROLLERS.iter().all(|(_, name)| controllers.split_whitespace().any(|word| word == *name)).then_some(own)
+}
+
+/// The mount's root in its hierarchy and its mount point, where `wanted` says so of type and options.
+fn mount_point(line: &str, wanted: impl Fn(&str, &str) -> bool) -> Option<(String, PathBuf)> {
+    let (before, after) = line.split_once(" - ")?;
+    let mut after = after.split(' ');
+    let (kind, options) = (after.next()?, after.nth(1)?);
+    let mut before = before.split(' ').skip(3);
+    let (root, point) = (before.next()?, before.next()?);
+    wanted(kind, options).then(|| (root.to_owned(), PathBuf::from(point)))
+}
+
+fn below((root, point): &(String, PathBuf), path: &str) -> PathBuf {
+    let inside = if root == "/" { path } else { path.strip_prefix(root.as_str()).unwrap_or(path) };
+    point.join(inside.trim_start_matches('/'))
+}
+
+/// Processes may not stand beside groups with controllers, so the server moves into a leaf of its own; that
+/// is done only where the group is ours alone. Root may instead begin at the top of the hierarchy.
+fn version_2(own: &Path, name: &str) -> Hierarchy {
+    let missing = |what: &str, error: io::Error| Hierarchy::Missing(format!("{what} {}: {error}", own.display()));
+    let pid = std::process::id().to_string();
+    let alone = fs::read_to_string(own.join("cgroup.procs"))
+        .is_ok_and(|procs| procs.lines().all(|line| line == pid));
+    let is_root_of_hierarchy = !own.join("cgroup.type").exists();
+    if !alone && !is_root_of_hierarchy {
+        let top = own.ancestors().take_while(|path| path.join("cgroup.controllers").exists()).last();
+        return match top.map(|top| make_below(top, name)) {
+            Some(Ok(hierarchy)) => hierarchy,
+            Some(Err(error)) => missing("no group of our own, and cannot make one above", error),
+            None => Hierarchy::Missing("no group of our own".into()),
+        };
+    }
+    if !is_root_of_hierarchy {
+        let leaf = own.join(format!("{name}-server"));
+        if let Err(error) =
+            fs::create_dir(&leaf).and_then(|()| fs::write(leaf.join("cgroup.procs"), std::process::id().to_string()))
+        {
+            return missing("cannot make groups in", error);
+        }
+    }
+    make_below(own, name).unwrap_or_else(|error| missing("cannot pass controllers on in", error))
+}
+
+fn make_below(parent: &Path, name: &str) -> io::Result<Hierarchy> {
+    const PASS_ON: &str = "+memory +pids +cpu";
+    clean_up_after_the_dead(parent);
+    fs::write(parent.join("cgroup.subtree_control"), PASS_ON)?;
+    let directory = parent.join(name);
+    fs::create_dir(&directory)?;
+    fs::write(directory.join("cgroup.subtree_control"), PASS_ON)?;
+    Ok(Hierarchy::V2(directory))
+}
+
+fn version_1(groups: &str, mounts: &str, name: &str) -> Hierarchy {
+    let mut directories = Vec::new();
+    let mut why = "no controller is mounted".to_owned();
+    for (limit, controller) in CONTROLLERS {
+        let has = |list: &str| list.split(',').any(|word| word == controller);
+        let path = groups.lines().find_map(|line| {
+            let mut parts = line.splitn(3, ':').skip(1);
+            has(parts.next()?).then(|| parts.next())?
+        });
+        let mount = mounts.lines().find_map(|line| mount_point(line, |kind, options| kind == "cgroup" && has(options)));
+        let (Some(path), Some(mount)) = (path, mount) else { continue };
+        let own = below(&mount, path);
+        clean_up_after_the_dead(&own);
+        match fs::create_dir(own.join(name)) {
+            Ok(()) => directories.push((limit, own.join(name))),
+            Err(error) => why = format!("cannot make a group in {}: {error}", own.display()),
+        }
+    }
+    if directories.is_empty() { Hierarchy::Missing(why) } else { Hierarchy::V1(directories) }
+}
+
+/// Removes the directories of servers that were killed: a group of the living cannot be removed.
+fn clean_up_after_the_dead(parent: &Path) {
+    let Ok(entries) = fs::read_dir(parent) else { return };
+    for entry in entries.flatten() {
+        let name = entry.file_name().to_string_lossy().into_owned();
+        let pid = name.trim_end_matches("-server").rsplit('-').next().and_then(|pid| pid.parse::<u32>().ok());
+        let dead = pid.is_some_and(|pid| !Path::new("/proc").join(pid.to_string()).exists());
+        if name.starts_with("codesandbox-") && dead {
+            sweep(&entry.path());
+        }
+    }
+}
+
+fn sweep(directory: &Path) {
+    let Ok(entries) = fs::read_dir(directory) else { return };
+    for entry in entries.flatten() {
+        if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+            let _ = fs::remove_dir(entry.path()); // one that is in use stays
+        }
+    }
+    let _ = fs::remove_dir(directory); // likewise
+}
+
+fn remove(directory: &Path) {
+    for _ in 0..REMOVALS {
+        match fs::remove_dir(directory) {
+            Err(error) if error.raw_os_error() == Some(libc::EBUSY) => std::thread::sleep(Duration::from_millis(2)),
+            Ok(()) => return,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return,
+            Err(error) => return tracing::warn!(directory = %directory.display(), %error, "cannot remove a cgroup"),
+        }
+    }
+    tracing::warn!(directory = %directory.display(), "cannot remove a cgroup: it stays busy");
+}

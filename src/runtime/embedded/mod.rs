@@ -1,0 +1,337 @@
+//! The embedded engine: sandboxes made by this very program, without a daemon, an image or root.
+//!
+//! `layers` lists every security setting. `launcher` is the process that makes sandboxes, `template` their
+//! root file system, `sandbox` the way in. On the server's side `link` talks to the launcher, and this
+//! file is the driver.
+
+mod cgroup;
+mod launcher;
+mod layers;
+mod link;
+mod python;
+mod remedy;
+mod sandbox;
+mod seccomp;
+mod template;
+mod wire;
+
+use std::collections::HashMap;
+use std::fs;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::unix::net::UnixStream as StdUnixStream;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use async_trait::async_trait;
+use rustix::process::Signal;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::UnixStream;
+
+use super::{Engine, Error, Fate, Found, Layer, LayerState, Limit, Result, Runtime, Sandbox, SandboxId, SandboxSpec, SessionKey};
+use cgroup::{Group, Hierarchy};
+pub use launcher::run_if_asked;
+use link::{Exit, Link};
+use wire::{Preparation, Program};
+
+/// The hidden argument by which the server starts its launcher.
+const LAUNCHER_ARGUMENT: &str = "__codesandbox_launcher";
+/// Our own profile, the same for every driver.
+const SECCOMP_PROFILE: &str = include_str!("../../../config/seccomp.json");
+/// What the compiler sandbox runs: the supervisor as Python's own cached form, without a file to compare with.
+const COMPILER: &str = "import sys, marshal, _frozen_importlib_external as external\n\
+    code = compile(sys.stdin.read(), '<supervisor>', 'exec', optimize=2)\n\
+    sys.stdout.buffer.write(external.MAGIC_NUMBER + bytes(12) + marshal.dumps(code))\n";
+/// A guess: the compiled supervisor is about 30 KiB.
+const COMPILED_BYTES: u64 = 1 << 20;
+/// What is kept of a dead supervisor's stderr.
+const STDERR_BYTES: usize = 4096;
+
+/// The driver's part of the configuration.
+#[derive(Debug, Clone)]
+pub struct Settings {
+    /// The root of an unpacked image; `None`: this host's own files, read-only.
+    pub rootfs: Option<PathBuf>,
+    /// The interpreter; `None`: found by itself.
+    pub python: Option<PathBuf>,
+    /// The program that is started as the launcher: one that calls `run_if_asked` first.
+    pub launcher: PathBuf,
+    /// Tells our control groups from another server's.
+    pub instance: String,
+}
+
+/// The embedded engine. Its sandboxes end with it.
+#[derive(Debug, Clone)]
+pub struct Embedded(Arc<Inner>);
+
+#[derive(Debug)]
+struct Inner {
+    settings: Settings,
+    supervisor: &'static str,
+    python: python::Python,
+    groups: Hierarchy,
+    link: tokio::sync::Mutex<Option<Arc<Link>>>,
+    numbers: AtomicU64,
+    alive: Mutex<HashMap<SandboxId, Arc<Live>>>,
+}
+
+/// A sandbox, as long as it has not been removed.
+#[derive(Debug)]
+struct Live {
+    pidfd: OwnedFd,
+    group: Mutex<Option<Group>>,
+    stderr: OwnedFd,
+    owner: Mutex<Option<SessionKey>>,
+    exit: Exit,
+}
+
+impl Embedded {
+    /// Starts the launcher and builds the root file system. `supervisor` is the source of PID 1.
+    ///
+    /// # Errors
+    /// `Unusable`, with the step that failed and what to do about it, where this host lacks something.
+    pub async fn start(settings: Settings, supervisor: &'static str) -> Result<Embedded> {
+        launcher::raise_descriptor_limit();
+        let python = python::find(settings.rootfs.as_deref(), settings.python.as_deref()).await?;
+        let groups = Hierarchy::find(&settings.instance);
+        let embedded = Embedded(Arc::new(Inner {
+            settings,
+            supervisor,
+            python,
+            groups,
+            link: tokio::sync::Mutex::new(None),
+            numbers: AtomicU64::new(0),
+            alive: Mutex::new(HashMap::new()),
+        }));
+        embedded.0.link().await?;
+        Ok(embedded)
+    }
+}
+
+impl Inner {
+    /// The launcher: a new one where the last has ended, and all its sandboxes with it.
+    async fn link(&self) -> Result<Arc<Link>> {
+        let mut held = self.link.lock().await;
+        if let Some(link) = held.as_ref().filter(|link| link.is_alive()) {
+            return Ok(link.clone());
+        }
+        let preparation = Preparation {
+            rootfs: self.settings.rootfs.clone(),
+            python: self.python.path.clone(),
+            python_prefixes: self.python.prefixes.clone(),
+            ids: link::root_ids(),
+        };
+        let link = Link::start(&self.settings.launcher, preparation).await?;
+        let compiled = self.compile(&link).await?;
+        link.install(compiled).await?;
+        *held = Some(link.clone());
+        Ok(link)
+    }
+
+    /// Compiling the supervisor takes 5 ms and more; it is done once, by the sandboxes' own Python.
+    async fn compile(&self, link: &Link) -> Result<Vec<u8>> {
+        let spec = SandboxSpec {
+            memory_bytes: 1 << 29,
+            processes: 64,
+            cpus: 1.0,
+            open_files: 64,
+            workspace_bytes: 1 << 20,
+            tmp_bytes: 1 << 20,
+            shm_bytes: 1 << 20,
+            inodes: 64,
+        };
+        let (mut stream, live) = self.launch(link, &spec, Program::Compiler, None).await?;
+        let what = "compile the supervisor";
+        let converse = async {
+            stream.write_all(self.supervisor.as_bytes()).await?;
+            stream.shutdown().await?;
+            let mut compiled = Vec::new();
+            (&mut stream).take(COMPILED_BYTES).read_to_end(&mut compiled).await?;
+            Ok::<_, io::Error>(compiled)
+        };
+        let compiled = tokio::time::timeout(std::time::Duration::from_secs(20), converse).await;
+        let compiled = compiled.unwrap_or_else(|late| Err(late.into())).map_err(Error::failed(what))?;
+        if compiled.is_empty() {
+            live.exit.wait().await;
+            return Err(Error::Unusable {
+                what: what.into(),
+                why: format!("{} said: {}", self.python.path.display(), live.last_words()),
+                remedy: "set embedded.python to a Python from 3.8 to 3.14 that runs on this host".into(),
+            });
+        }
+        let _ = rustix::process::pidfd_send_signal(&live.pidfd, Signal::KILL); // it has most likely ended by itself
+        Ok(compiled)
+    }
+
+    async fn launch(
+        &self,
+        link: &Link,
+        spec: &SandboxSpec,
+        program: Program,
+        group: Option<Group>,
+    ) -> Result<(UnixStream, Live)> {
+        let number = self.numbers.fetch_add(1, Ordering::Relaxed);
+        let wrap = |what: &'static str| Error::failed(format!("{what} of a new sandbox"));
+        let (ours, theirs) = StdUnixStream::pair().map_err(wrap("make the stream"))?;
+        ours.set_nonblocking(true).map_err(wrap("make the stream"))?;
+        let flags = rustix::pipe::PipeFlags::CLOEXEC | rustix::pipe::PipeFlags::NONBLOCK;
+        let (stderr, their_stderr) =
+            rustix::pipe::pipe_with(flags).map_err(io::Error::from).map_err(wrap("make the stderr"))?;
+        let born_in = group.as_ref().map_or(Ok(None), Group::open).map_err(wrap("open the cgroup"))?;
+        let fds = [Some(theirs.as_fd()), Some(their_stderr.as_fd()), born_in.as_ref().map(AsFd::as_fd)];
+        let (pidfd, exit) = link.create(number, spec, program, &fds.into_iter().flatten().collect::<Vec<_>>()).await?;
+        let stream = UnixStream::from_std(ours).map_err(wrap("use the stream"))?;
+        Ok((stream, Live { pidfd, group: Mutex::new(group), stderr, owner: Mutex::new(None), exit }))
+    }
+
+    async fn create(self: &Arc<Self>, spec: SandboxSpec) -> Result<Sandbox> {
+        let link = self.link().await?;
+        let number = self.numbers.fetch_add(1, Ordering::Relaxed);
+        let this = self.clone();
+        let made = spec.clone();
+        let group = tokio::task::spawn_blocking(move || this.groups.create(number, &made))
+            .await
+            .unwrap_or_else(|panic| Err(io::Error::other(panic)))
+            .map_err(Error::failed("make the control group of a new sandbox"))?;
+        let (stream, live) = self.launch(&link, &spec, Program::Supervisor, Some(group)).await?;
+        let (id, live) = (SandboxId(number.to_string()), Arc::new(live));
+        lock(&self.alive).insert(id.clone(), live.clone());
+        let attached = tokio::task::spawn_blocking(move || live.attach_group()).await;
+        if let Err(error) = attached.unwrap_or_else(|panic| Err(io::Error::other(panic))) {
+            self.remove(&id).await?;
+            return Err(Error::Failed { what: "move a new sandbox into its control group".into(), source: error });
+        }
+        Ok(Sandbox { id, stream: Box::new(stream) })
+    }
+
+    async fn remove(&self, id: &SandboxId) -> Result<()> {
+        let Some(live) = lock(&self.alive).get(id).cloned() else { return Ok(()) };
+        match rustix::process::pidfd_send_signal(&live.pidfd, Signal::KILL) {
+            Ok(()) | Err(rustix::io::Errno::SRCH) => {}
+            Err(error) => return Err(Error::Failed { what: format!("kill sandbox {id}"), source: error.into() }),
+        }
+        live.exit.wait().await;
+        lock(&self.alive).remove(id);
+        let group = lock(&live.group).take();
+        let removed = tokio::task::spawn_blocking(move || drop(group)).await;
+        removed.map_err(|panic| Error::Failed { what: format!("remove sandbox {id}"), source: io::Error::other(panic) })
+    }
+
+    fn layers(&self) -> Vec<Layer> {
+        let enforced = self.groups.limits();
+        let limit = |name, limit, stand_in: &str| match enforced.contains(&limit) {
+            true => Layer::on(name, self.groups.describe()),
+            false => Layer {
+                name,
+                state: LayerState::Unenforced,
+                by: format!("{stand_in} ({})", self.groups.describe()),
+                limit: Some(limit),
+                remedy: Some(remedy::CGROUP.into()),
+            },
+        };
+        let mut layers = vec![
+            limit("memory", Limit::Memory, "RLIMIT_AS for each process alone"),
+            limit("cpus", Limit::Cpus, "nothing"),
+        ];
+        layers.push(match enforced.contains(&Limit::Processes) {
+            true => Layer::on("processes", self.groups.describe()),
+            // Since Linux 5.14 it counts within the sandbox's own user namespace.
+            false => Layer::on("processes", "RLIMIT_NPROC in a user namespace of its own"),
+        });
+        layers.extend([
+            Layer::on("user_namespace", "uid 1000 inside, an unprivileged one outside"),
+            Layer::on("capabilities", "none, bounding set empty"),
+            Layer::on("no_new_privileges", "prctl"),
+            Layer::on("seccomp", "config/seccomp.json"),
+            Layer::on("root_file_system", "read-only"),
+            Layer::on("workspace", "tmpfs with size and inode limits"),
+            Layer::on("network", "a namespace with nothing but lo"),
+            Layer::on("supervisor", "not dumpable: executed from a file that nobody may read"),
+        ]);
+        layers
+    }
+}
+
+impl Live {
+    fn attach_group(&self) -> io::Result<()> {
+        // The pid as this process sees it: the launcher's own is of another namespace.
+        let information = fs::read_to_string(format!("/proc/self/fdinfo/{}", self.pidfd.as_raw_fd()))?;
+        let pid = information.lines().find_map(|line| line.strip_prefix("Pid:")?.trim().parse::<u32>().ok());
+        match (pid, &*lock(&self.group)) {
+            (Some(pid), Some(group)) => group.attach(pid),
+            (None, _) => Err(io::Error::other("the pidfd tells no pid")),
+            (_, None) => Ok(()),
+        }
+    }
+
+    fn last_words(&self) -> String {
+        let mut text = [0; STDERR_BYTES];
+        let length = rustix::io::read(&self.stderr, &mut text).unwrap_or(0);
+        String::from_utf8_lossy(&text[..length]).trim().to_owned()
+    }
+}
+
+#[async_trait]
+impl Runtime for Embedded {
+    fn name(&self) -> &'static str {
+        "embedded"
+    }
+
+    async fn probe(&self) -> Result<Engine> {
+        self.0.link().await?;
+        let settings = &self.0.settings;
+        Ok(Engine {
+            version: env!("CARGO_PKG_VERSION").into(),
+            rootless: !rustix::process::geteuid().is_root(),
+            image: settings.rootfs.as_ref().map_or("host".into(), |path| path.display().to_string()),
+            layers: self.0.layers(),
+        })
+    }
+
+    async fn create(&self, spec: &SandboxSpec) -> Result<Sandbox> {
+        let (inner, spec) = (self.0.clone(), spec.clone());
+        let (send, receive) = tokio::sync::oneshot::channel();
+        // A task of its own, so that a caller who goes away leaves nothing half made.
+        tokio::spawn(async move {
+            if let Err(Ok(unwanted)) = send.send(inner.create(spec).await) {
+                let _ = inner.remove(&unwanted.id).await; // logged where groups are removed; nobody asks
+            }
+        });
+        receive.await.unwrap_or(Err(Error::Unavailable { driver: "embedded", why: "the creation was stopped".into() }))
+    }
+
+    async fn attach(&self, id: &SandboxId) -> Result<Sandbox> {
+        Err(Error::Gone(id.clone())) // its stream ended with the server that made it, and so did it
+    }
+
+    async fn claim(&self, id: &SandboxId, owner: &SessionKey) -> Result<()> {
+        let live = lock(&self.0.alive).get(id).cloned().ok_or_else(|| Error::Gone(id.clone()))?;
+        *lock(&live.owner) = Some(owner.clone());
+        Ok(())
+    }
+
+    async fn list(&self) -> Result<Vec<Found>> {
+        let found = |(id, live): (&SandboxId, &Arc<Live>)| Found { id: id.clone(), owner: lock(&live.owner).clone() };
+        Ok(lock(&self.0.alive).iter().map(found).collect())
+    }
+
+    async fn fate(&self, id: &SandboxId) -> Result<Fate> {
+        let Some(live) = lock(&self.0.alive).get(id).cloned() else { return Ok(Fate::Gone) };
+        let out_of_memory_kills = lock(&live.group).as_ref().and_then(Group::out_of_memory_kills);
+        Ok(match live.exit.code() {
+            None => Fate::Running { out_of_memory_kills },
+            Some(137) if out_of_memory_kills.unwrap_or(0) > 0 => Fate::OutOfMemory,
+            Some(code) => Fate::Exited { code, stderr: live.last_words() },
+        })
+    }
+
+    async fn remove(&self, id: &SandboxId) -> Result<()> {
+        self.0.remove(id).await
+    }
+}
+
+/// Nothing panics while it holds one of these locks, and what they guard is whole at any moment.
+fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

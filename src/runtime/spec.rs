@@ -1,0 +1,134 @@
+//! What a sandbox is to be, in words that every engine has.
+
+use std::fmt;
+
+use serde::{Deserialize, Serialize};
+
+/// The limits of one sandbox.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct SandboxSpec {
+    /// Memory of all its processes and files together, in bytes; swap is none.
+    pub memory_bytes: u64,
+    /// Processes and threads alive at once, the supervisor's two among them.
+    pub processes: u64,
+    /// Cores' worth of CPU time.
+    pub cpus: f64,
+    /// Descriptors that one process may hold.
+    pub open_files: u64,
+    /// Size of `/workspace`, in bytes.
+    pub workspace_bytes: u64,
+    /// Size of `/tmp`, in bytes.
+    pub tmp_bytes: u64,
+    /// Size of `/dev/shm`, in bytes.
+    pub shm_bytes: u64,
+    /// Files and directories in each of these three.
+    pub inodes: u64,
+}
+
+/// A driver's name for a sandbox.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct SandboxId(pub String);
+
+impl fmt::Display for SandboxId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+/// Whose sandbox it is: a keyed hash of tenant and user_id in lower-case hex, never the raw id.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct SessionKey(pub String);
+
+impl fmt::Display for SessionKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+/// A sandbox that the engine knows of.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Found {
+    /// The driver's name for it.
+    pub id: SandboxId,
+    /// Who claimed it, if anyone did.
+    pub owner: Option<SessionKey>,
+}
+
+/// What became of a sandbox.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Fate {
+    /// Its PID 1 lives.
+    Running {
+        /// Processes in it that were killed for want of memory so far; `None` where nobody counts.
+        out_of_memory_kills: Option<u64>,
+    },
+    /// Its PID 1 ended by itself.
+    Exited {
+        /// The exit status; 128 + the signal where a signal ended it.
+        code: i32,
+        /// The end of what it wrote to its stderr, for the log: at most 4 KiB.
+        stderr: String,
+    },
+    /// Its PID 1 was killed for want of memory.
+    OutOfMemory,
+    /// The engine does not know it.
+    Gone,
+}
+
+/// A limit that an engine may fail to enforce, by the name that `allow_unenforced` takes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum Limit {
+    /// `limits.memory`
+    Memory,
+    /// `limits.processes`
+    Processes,
+    /// `limits.cpus`
+    Cpus,
+}
+
+impl fmt::Display for Limit {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Limit::Memory => "memory",
+            Limit::Processes => "processes",
+            Limit::Cpus => "cpus",
+        })
+    }
+}
+
+/// One protection, and how it stands on this host.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Layer {
+    /// Its name: `memory`, `seccomp`, `network`, …
+    pub name: &'static str,
+    /// Whether it holds.
+    pub state: LayerState,
+    /// What gives it, or what stands in for it.
+    pub by: String,
+    /// The limit that is not enforced where this layer is `Unenforced`.
+    #[serde(skip)]
+    pub limit: Option<Limit>,
+    /// What the operator can do about it where it is not on.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub remedy: Option<String>,
+}
+
+impl Layer {
+    /// A layer that holds.
+    pub fn on(name: &'static str, by: impl Into<String>) -> Layer {
+        Layer { name, state: LayerState::On, by: by.into(), limit: None, remedy: None }
+    }
+}
+
+/// How a protection stands.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum LayerState {
+    /// Enforced by the kernel or the engine.
+    On,
+    /// Switched off in the configuration.
+    Off,
+    /// Asked for, and not enforceable here; only with `allow_unenforced`.
+    Unenforced,
+}

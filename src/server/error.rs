@@ -1,0 +1,66 @@
+//! What a request gets that we could not serve: one match from reason to status, and nowhere else.
+
+use std::time::Duration;
+
+use hyper::StatusCode;
+
+use crate::session;
+
+/// A request that was not served. The guest's own failures are no such errors: they are answers.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum Error {
+    #[error("{0}")]
+    Invalid(String),
+    #[error("an API key is required: Authorization: Bearer KEY, or X-API-Key: KEY")]
+    Unauthorized,
+    #[error("there is no such path")]
+    NotFound,
+    #[error("there is no session of this user_id")]
+    NoSession,
+    #[error("this path takes {0}")]
+    MethodNotAllowed(&'static str),
+    #[error("the body took longer than {0:?} to come")]
+    RequestTimeout(Duration),
+    #[error("{what} must not be longer than {limit} bytes")]
+    TooLarge { what: &'static str, limit: usize },
+    #[error("the content type must be application/json")]
+    UnsupportedMediaType,
+    #[error(transparent)]
+    Session(#[from] session::Error),
+    #[error("{0}")]
+    NotReady(&'static str),
+}
+
+impl Error {
+    pub(super) fn invalid(field: &str, right: impl std::fmt::Display) -> Error {
+        Error::Invalid(format!("{field} {right}"))
+    }
+
+    /// The status, and the code for programs.
+    pub(super) fn status(&self) -> (StatusCode, &'static str) {
+        match self {
+            Error::Invalid(_) => (StatusCode::BAD_REQUEST, "invalid_request"),
+            Error::Unauthorized => (StatusCode::UNAUTHORIZED, "unauthorized"),
+            Error::NotFound | Error::NoSession => (StatusCode::NOT_FOUND, "not_found"),
+            Error::MethodNotAllowed(_) => (StatusCode::METHOD_NOT_ALLOWED, "method_not_allowed"),
+            Error::RequestTimeout(_) => (StatusCode::REQUEST_TIMEOUT, "request_timeout"),
+            Error::TooLarge { .. } => (StatusCode::PAYLOAD_TOO_LARGE, "too_large"),
+            Error::UnsupportedMediaType => (StatusCode::UNSUPPORTED_MEDIA_TYPE, "unsupported_media_type"),
+            Error::Session(session::Error::Busy) => (StatusCode::TOO_MANY_REQUESTS, "session_busy"),
+            Error::Session(session::Error::TooMany { .. }) => (StatusCode::TOO_MANY_REQUESTS, "too_many_sessions"),
+            Error::Session(session::Error::Draining) => (StatusCode::SERVICE_UNAVAILABLE, "draining"),
+            Error::Session(session::Error::Unavailable(_)) => (StatusCode::SERVICE_UNAVAILABLE, "engine_unavailable"),
+            Error::NotReady(_) => (StatusCode::SERVICE_UNAVAILABLE, "not_ready"),
+        }
+    }
+
+    /// Seconds after which trying again makes sense.
+    pub(super) fn retry_after(&self) -> Option<u64> {
+        let time = match self {
+            Error::Session(session::Error::TooMany { retry_after }) => *retry_after,
+            Error::Session(_) => Duration::from_secs(1),
+            _ => return None,
+        };
+        Some(time.as_secs().saturating_add(1).min(3600))
+    }
+}

@@ -1,0 +1,132 @@
+//! What each path does.
+
+use std::time::Duration;
+
+use bytes::Bytes;
+use http_body_util::{BodyExt, Full, LengthLimitError, Limited};
+use hyper::body::{Body, Incoming};
+use hyper::header::{CONTENT_TYPE, HeaderValue};
+use hyper::{HeaderMap, Request, Response, StatusCode};
+use percent_encoding::percent_decode_str;
+use serde::Serialize;
+use serde_json::value::RawValue;
+
+use super::body::{RunRequest, check_user_id};
+use super::error::Error;
+use super::route::{Answer, json};
+use super::{Settings, State};
+use crate::session::{Done, Owner, Timing};
+use crate::supervisor::{ErrorDetail, Field, Run};
+
+/// The answer to a run; what has nothing to say is absent.
+#[derive(Serialize)]
+struct RunAnswer<'a> {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    error: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    error_detail: Option<&'a ErrorDetail>,
+    result: Option<&'a RawValue>,
+    workspace_files: &'a [String],
+    #[serde(skip_serializing_if = "str::is_empty")]
+    stdout: &'a str,
+    #[serde(skip_serializing_if = "str::is_empty")]
+    stderr: &'a str,
+    #[serde(skip_serializing_if = "<[_]>::is_empty")]
+    truncated: &'a [Field],
+    #[serde(skip_serializing_if = "Option::is_none")]
+    session: Option<&'static str>,
+}
+
+impl<'a> From<&'a Done> for RunAnswer<'a> {
+    fn from(done: &'a Done) -> RunAnswer<'a> {
+        let Done { outcome, stdout, stderr, workspace_files, truncated, lost, timing: _ } = done;
+        RunAnswer {
+            error: outcome.as_ref().err().map(ErrorDetail::message),
+            error_detail: outcome.as_ref().err(),
+            result: outcome.as_ref().ok().map(|value| &**value),
+            workspace_files,
+            stdout,
+            stderr,
+            truncated,
+            session: lost.then_some("lost"),
+        }
+    }
+}
+
+pub(super) async fn run(state: &State, tenant: &str, request: Request<Incoming>) -> Result<Answer, Error> {
+    check_content_type(request.headers())?;
+    let body = read(request.into_body(), &state.settings).await?;
+    let RunRequest { user_id, code, data, stdin, timeout } = RunRequest::parse(&body, &state.settings)?;
+    let run = Run { code: &code, data, stdin: &stdin, timeout };
+    let done = state.sessions.run(Owner { tenant, user_id: &user_id }, &run).await?;
+    let mut response = json(&RunAnswer::from(&done));
+    response.headers_mut().insert("server-timing", server_timing(&done.timing));
+    Ok(response)
+}
+
+pub(super) fn describe_session(state: &State, tenant: &str, user_id: &str) -> Result<Answer, Error> {
+    let user_id = decode(user_id)?;
+    match state.sessions.describe(Owner { tenant, user_id: &user_id }) {
+        Some(description) => Ok(json(&description)),
+        None => Err(Error::NoSession),
+    }
+}
+
+pub(super) async fn delete_session(state: &State, tenant: &str, user_id: &str) -> Result<Answer, Error> {
+    let user_id = decode(user_id)?;
+    state.sessions.delete(Owner { tenant, user_id: &user_id }).await?;
+    let mut response = Response::new(Full::default());
+    *response.status_mut() = StatusCode::NO_CONTENT;
+    Ok(response)
+}
+
+pub(super) fn ready(state: &State) -> Result<Answer, Error> {
+    state.sessions.readiness().map_err(Error::NotReady)?;
+    Ok(json(&serde_json::json!({"status": "ready"})))
+}
+
+pub(super) fn metrics(state: &State) -> Answer {
+    let mut response = Response::new(Full::new(Bytes::from(state.metrics.render())));
+    let text = HeaderValue::from_static("text/plain; version=0.0.4; charset=utf-8");
+    response.headers_mut().insert(CONTENT_TYPE, text);
+    response
+}
+
+/// JSON, or nothing said.
+fn check_content_type(headers: &HeaderMap) -> Result<(), Error> {
+    let Some(value) = headers.get(CONTENT_TYPE) else { return Ok(()) };
+    let essence = value.to_str().ok().and_then(|text| text.split(';').next()).unwrap_or_default().trim();
+    let essence = essence.to_ascii_lowercase();
+    match essence == "application/json" || (essence.starts_with("application/") && essence.ends_with("+json")) {
+        true => Ok(()),
+        false => Err(Error::UnsupportedMediaType),
+    }
+}
+
+async fn read(body: Incoming, settings: &Settings) -> Result<Bytes, Error> {
+    let too_large = Error::TooLarge { what: "the body", limit: settings.body_bytes };
+    if body.size_hint().lower() > settings.body_bytes as u64 {
+        return Err(too_large); // said so itself: not a byte of it is read
+    }
+    let all = Limited::new(body, settings.body_bytes).collect();
+    match tokio::time::timeout(settings.body_timeout, all).await {
+        Ok(Ok(body)) => Ok(body.to_bytes()),
+        Ok(Err(error)) if error.is::<LengthLimitError>() => Err(too_large),
+        Ok(Err(error)) => Err(Error::invalid("the body", format!("broke off: {error}"))),
+        Err(_) => Err(Error::RequestTimeout(settings.body_timeout)),
+    }
+}
+
+fn decode(user_id: &str) -> Result<String, Error> {
+    let decoded = percent_decode_str(user_id).decode_utf8();
+    let user_id = decoded.map_err(|_| Error::invalid("user_id", "must be percent-encoded UTF-8"))?;
+    check_user_id(&user_id)?;
+    Ok(user_id.into_owned())
+}
+
+fn server_timing(timing: &Timing) -> HeaderValue {
+    let Timing { queue, claim, run } = timing;
+    let ms = |time: &Duration| time.as_secs_f64() * 1000.0;
+    let text = format!("queue;dur={:.3}, claim;dur={:.3}, run;dur={:.3}", ms(queue), ms(claim), ms(run));
+    HeaderValue::from_str(&text).expect("digits and ASCII words are a header's value")
+}

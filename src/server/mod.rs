@@ -1,0 +1,159 @@
+//! Floor 6: HTTP in, JSON out. Knows sessions, and no engine.
+
+pub mod auth;
+mod body;
+mod error;
+mod handlers;
+mod route;
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use hyper::server::conn::http1;
+use hyper::service::service_fn;
+use hyper_util::rt::{TokioIo, TokioTimer};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::{Semaphore, watch};
+use tokio::task::JoinSet;
+use tokio::time::Instant;
+
+use crate::metrics::{Counted, Metrics};
+use crate::session::Sessions;
+use auth::Auth;
+
+/// After a failed accept (no descriptor left, say): others may give one back meanwhile.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
+/// Bytes of a request's line and headers together; hyper answers 431 beyond.
+const HEADER_BYTES: usize = 64 * 1024;
+
+/// What the server allows a client.
+#[derive(Debug, Clone)]
+pub struct Settings {
+    /// Connections at once.
+    pub connections: usize,
+    /// To the end of a request's headers.
+    pub header_timeout: Duration,
+    /// From there to the end of its body.
+    pub body_timeout: Duration,
+    /// Bytes of a body.
+    pub body_bytes: usize,
+    /// Bytes of the code in it.
+    pub code_bytes: usize,
+    /// Wall time of a run that asks for none.
+    pub timeout: Duration,
+    /// The most that a run may ask for.
+    pub timeout_max: Duration,
+    /// The answer to `GET /capabilities`.
+    pub capabilities: Bytes,
+}
+
+/// What every request can reach.
+#[derive(Debug)]
+pub struct State {
+    /// What a client is allowed.
+    pub settings: Settings,
+    /// Who has which sandbox.
+    pub sessions: Sessions,
+    /// Who may come in.
+    pub auth: Auth,
+    /// What is counted.
+    pub metrics: Arc<Metrics>,
+}
+
+/// A server that listens.
+#[derive(Debug)]
+pub struct Server {
+    listener: TcpListener,
+    state: Arc<State>,
+}
+
+impl Server {
+    /// Binds the address; port 0 takes a free one.
+    ///
+    /// # Errors
+    /// Where the address is taken or not ours.
+    pub async fn bind(address: SocketAddr, state: State) -> std::io::Result<Server> {
+        Ok(Server { listener: TcpListener::bind(address).await?, state: Arc::new(state) })
+    }
+
+    /// The address that it listens on.
+    pub fn address(&self) -> std::io::Result<SocketAddr> {
+        self.listener.local_addr()
+    }
+
+    /// Serves until `stop` is over, then lets what goes on end within `grace` and removes every sandbox.
+    pub async fn serve(self, stop: impl Future<Output = ()>, grace: Duration) {
+        let Server { listener, state } = self;
+        let room = Arc::new(Semaphore::new(state.settings.connections));
+        let (stopping, stopped) = watch::channel(false);
+        let mut connections = JoinSet::new();
+        let mut stop = std::pin::pin!(stop);
+        loop {
+            let accepted = tokio::select! {
+                () = &mut stop => break,
+                Some(_) = connections.join_next() => continue,
+                accepted = accept(&listener, &room) => accepted,
+            };
+            let Some((stream, permit)) = accepted else { continue };
+            let (state, stopped) = (state.clone(), stopped.clone());
+            connections.spawn(async move {
+                serve_connection(stream, state, stopped).await;
+                drop(permit);
+            });
+        }
+        drop(listener);
+        let _ = stopping.send(true); // no receiver: no connection is open
+        let deadline = Instant::now() + grace;
+        let ended = async { while connections.join_next().await.is_some() {} };
+        let (_, ended) = tokio::join!(state.sessions.drain(deadline), tokio::time::timeout_at(deadline, ended));
+        if ended.is_err() {
+            tracing::warn!(connections = connections.len(), "cut off what did not end in time");
+        }
+    }
+}
+
+/// A connection, once there is room for it.
+async fn accept(
+    listener: &TcpListener,
+    room: &Arc<Semaphore>,
+) -> Option<(TcpStream, tokio::sync::OwnedSemaphorePermit)> {
+    let permit = room.clone().acquire_owned().await.ok()?;
+    match listener.accept().await {
+        Ok((stream, _)) => Some((stream, permit)),
+        Err(error) => {
+            tracing::warn!(%error, "cannot accept a connection");
+            tokio::time::sleep(ACCEPT_PAUSE).await;
+            None
+        }
+    }
+}
+
+async fn serve_connection(stream: TcpStream, state: Arc<State>, mut stopped: watch::Receiver<bool>) {
+    let _counted = Counted::new(state.metrics.connections.clone());
+    let _ = stream.set_nodelay(true); // slower answers, at worst
+    let service = service_fn(|request| {
+        let state = state.clone();
+        async move { Ok::<_, std::convert::Infallible>(route::answer(&state, request).await) }
+    });
+    let connection = http1::Builder::new()
+        .timer(TokioTimer::new())
+        .header_read_timeout(state.settings.header_timeout)
+        .max_buf_size(HEADER_BYTES)
+        .pipeline_flush(true)
+        .serve_connection(TokioIo::new(stream), service);
+    let mut connection = std::pin::pin!(connection);
+    tokio::select! {
+        done = &mut connection => return note(done),
+        _ = stopped.wait_for(|stopped| *stopped) => {}
+    }
+    connection.as_mut().graceful_shutdown();
+    note(connection.await);
+}
+
+fn note(done: hyper::Result<()>) {
+    if let Err(error) = done {
+        tracing::debug!(%error, "a connection ended early");
+    }
+}

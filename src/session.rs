@@ -1,0 +1,537 @@
+//! Floor 5: who holds which sandbox, until when.
+//!
+//! A session has one seat with at most one sandbox on it. Who runs code holds the seat; the others queue
+//! up for it, first come first served. A seat is held across awaits only inside a `Turn`, whose drop
+//! brings the sandbox back to rest when the client went away in the middle.
+
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, SystemTime};
+
+use hmac::{Hmac, KeyInit, Mac};
+use serde::Serialize;
+use serde_json::value::RawValue;
+use sha2::Sha256;
+use tokio::sync::{Notify, OwnedMutexGuard};
+use tokio::time::Instant;
+
+use crate::metrics::Metrics;
+use crate::pool::{self, Claimed, Pool};
+use crate::runtime::{Fate, SandboxId, SessionKey};
+use crate::supervisor::{self, ErrorDetail, ErrorKind, Field, Outcome, Report, Run};
+
+/// The reaper looks at least that often, whatever it expects.
+const LONGEST_SLEEP: Duration = Duration::from_secs(60);
+/// Bytes of a session key: 128 bits leave no two users with the same.
+const KEY_BYTES: usize = 16;
+
+/// How long sessions live, and how many.
+#[derive(Debug, Clone)]
+pub struct Settings {
+    /// From the end of the last run to the removal of the sandbox.
+    pub idle_timeout: Duration,
+    /// From the claim to the removal, however busy.
+    pub lifetime_max: Duration,
+    /// Sessions at once.
+    pub max: usize,
+    /// Runs of one session that wait while another runs.
+    pub queue: usize,
+}
+
+/// Whose session it is.
+#[derive(Debug, Clone, Copy)]
+pub struct Owner<'a> {
+    /// Whose key the request bore; empty without keys.
+    pub tenant: &'a str,
+    /// As the request gave it, byte for byte.
+    pub user_id: &'a str,
+}
+
+/// Why a run was not begun.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// As many runs of this session wait as may.
+    #[error("too many runs of this user_id are waiting")]
+    Busy,
+    /// As many sessions exist as may.
+    #[error("all sessions are in use")]
+    TooMany {
+        /// Until one may be free.
+        retry_after: Duration,
+    },
+    /// The server is stopping.
+    #[error("the server is stopping")]
+    Draining,
+    /// No sandbox could be had.
+    #[error("no sandbox could be had: {0}")]
+    Unavailable(#[from] pool::Error),
+}
+
+/// A run that came to its end.
+#[derive(Debug)]
+pub struct Done {
+    /// The result as JSON, or why there is none.
+    pub outcome: Result<Box<RawValue>, ErrorDetail>,
+    /// What was printed.
+    pub stdout: String,
+    /// Likewise.
+    pub stderr: String,
+    /// The workspace after the run.
+    pub workspace_files: Vec<String>,
+    /// What was cut at its cap.
+    pub truncated: Vec<Field>,
+    /// The sandbox had to be destroyed, and the files with it.
+    pub lost: bool,
+    /// Where the time went.
+    pub timing: Timing,
+}
+
+/// The phases of a run, as the server sees them.
+#[derive(Debug, Clone, Copy)]
+pub struct Timing {
+    /// Waiting for earlier runs of the same session.
+    pub queue: Duration,
+    /// Getting a sandbox.
+    pub claim: Duration,
+    /// The conversation with the supervisor.
+    pub run: Duration,
+}
+
+/// What `GET /sessions/{user_id}` tells.
+#[derive(Debug, Serialize)]
+pub struct Description {
+    /// `idle` or `running`.
+    pub state: &'static str,
+    /// When it got its sandbox.
+    #[serde(serialize_with = "rfc3339")]
+    pub created_at: SystemTime,
+    /// Since the end of the last run, in milliseconds.
+    pub idle_ms: u64,
+    /// Until the reaper takes it if nothing happens, in milliseconds.
+    pub expires_in_ms: u64,
+    /// The engine's name.
+    pub driver: &'static str,
+}
+
+/// All sessions of a server. A cheap handle.
+#[derive(Debug, Clone)]
+pub struct Sessions(Arc<Inner>);
+
+#[derive(Debug)]
+struct Inner {
+    pool: Pool,
+    settings: Settings,
+    metrics: Arc<Metrics>,
+    table: Mutex<HashMap<SessionKey, Arc<Session>>>,
+    draining: AtomicBool,
+    secret: [u8; 32],
+    /// Told when a session begins, so that the reaper need not poll an empty table.
+    begun: Notify,
+}
+
+#[derive(Debug)]
+struct Session {
+    key: SessionKey,
+    seat: Arc<tokio::sync::Mutex<Seat>>,
+    /// The run that goes on and those that wait.
+    queued: AtomicUsize,
+    /// What can be told and done without the seat.
+    glance: Mutex<Glance>,
+}
+
+#[derive(Debug)]
+struct Glance {
+    sandbox: Option<(SandboxId, SystemTime, Instant)>,
+    last_end: Instant,
+    deleted: bool,
+}
+
+#[derive(Debug, Default)]
+struct Seat {
+    claimed: Option<Claimed>,
+    /// Of this sandbox, at the end of the last run that was killed.
+    out_of_memory_kills: u64,
+    /// The session is out of the table: whoever waited begins anew.
+    closed: bool,
+}
+
+impl Sessions {
+    /// None yet.
+    pub fn new(pool: Pool, settings: Settings, metrics: Arc<Metrics>) -> Sessions {
+        let mut secret = [0; 32];
+        getrandom::fill(&mut secret).expect("the kernel gives random numbers once it is up");
+        metrics.ready.set(1.0);
+        Sessions(Arc::new(Inner {
+            pool,
+            settings,
+            metrics,
+            table: Mutex::default(),
+            draining: AtomicBool::new(false),
+            secret,
+            begun: Notify::new(),
+        }))
+    }
+
+    /// Runs code in the owner's sandbox, after the runs that came before.
+    ///
+    /// May be dropped at any await: a run that has begun is then interrupted, and the session stays.
+    pub async fn run(&self, owner: Owner<'_>, run: &Run<'_>) -> Result<Done, Error> {
+        let key = self.key(owner);
+        let begun = Instant::now();
+        let mut turn = loop {
+            let mut turn = self.enter(&key)?.take_seat().await;
+            if !turn.seat().closed {
+                break turn;
+            }
+        };
+        let seated = Instant::now();
+        if turn.seat().claimed.is_none() {
+            turn.claim().await?;
+        }
+        let claimed = Instant::now();
+        let answer = turn.supervisor().run(run).await;
+        let timing = Timing { queue: seated - begun, claim: claimed - seated, run: claimed.elapsed() };
+        let done = match answer {
+            Ok(report) => turn.conclude(report, timing).await,
+            Err(error) => turn.lose(error, timing).await,
+        };
+        self.count(&done);
+        Ok(done)
+    }
+
+    /// What there is to tell of a session; `None` where it has no sandbox.
+    pub fn describe(&self, owner: Owner<'_>) -> Option<Description> {
+        let session = self.0.table().get(&self.key(owner)).cloned()?;
+        let running = session.queued.load(Ordering::SeqCst) > 0;
+        let glance = session.glance();
+        let (_, created_at, since) = glance.sandbox.as_ref()?;
+        let now = Instant::now();
+        let idle = if running { Duration::ZERO } else { now - glance.last_end };
+        let settings = &self.0.settings;
+        let expires = (settings.idle_timeout.saturating_sub(idle)).min((*since + settings.lifetime_max) - now);
+        Some(Description {
+            state: if running { "running" } else { "idle" },
+            created_at: *created_at,
+            idle_ms: idle.as_millis() as u64,
+            expires_in_ms: expires.as_millis() as u64,
+            driver: self.0.pool.runtime().name(),
+        })
+    }
+
+    /// Destroys a session now, a run in it included. Fine where there is none.
+    pub async fn delete(&self, owner: Owner<'_>) -> Result<(), Error> {
+        let Some(session) = self.0.table().remove(&self.key(owner)) else { return Ok(()) };
+        self.0.ended("deleted");
+        let sandbox = {
+            let mut glance = session.glance();
+            glance.deleted = true;
+            glance.sandbox.take()
+        };
+        if let Some((id, ..)) = sandbox {
+            // The run that goes on, if any, sees its stream end; who holds the seat gives the sandbox back.
+            self.0.pool.runtime().remove(&id).await.map_err(pool::Error::from)?;
+        }
+        let seat = session.seat.clone().lock_owned().await;
+        self.0.close(seat);
+        Ok(())
+    }
+
+    /// Takes no more runs, lets those that go on end until the deadline, removes every sandbox.
+    pub async fn drain(&self, deadline: Instant) {
+        self.0.draining.store(true, Ordering::SeqCst);
+        self.0.metrics.ready.set(0.0);
+        let sessions: Vec<_> = self.0.table().drain().map(|(_, session)| session).collect();
+        for session in sessions {
+            self.0.ended("shutdown");
+            if let Ok(seat) = tokio::time::timeout_at(deadline, session.seat.clone().lock_owned()).await {
+                self.0.close(seat);
+            } else if let Some((id, ..)) = session.glance().sandbox.take() {
+                let runtime = self.0.pool.runtime().clone();
+                tokio::spawn(async move { runtime.remove(&id).await }); // ends the run; awaited by the pool below
+            }
+        }
+        self.0.pool.close().await;
+    }
+
+    /// Whether a run would be taken now; else why not.
+    pub fn readiness(&self) -> Result<(), &'static str> {
+        if self.0.draining.load(Ordering::SeqCst) { Err("the server is stopping") } else { Ok(()) }
+    }
+
+    /// The pool below.
+    pub fn pool(&self) -> &Pool {
+        &self.0.pool
+    }
+
+    /// Closes what has expired; gives the moment of the next expiry.
+    pub(crate) fn expire(&self) -> Instant {
+        let now = Instant::now();
+        let mut next = now + LONGEST_SLEEP.min(self.0.settings.idle_timeout).min(self.0.settings.lifetime_max);
+        let sessions: Vec<_> = self.0.table().values().cloned().collect();
+        for session in sessions {
+            let Ok(seat) = session.seat.clone().try_lock_owned() else { continue }; // a run is in it
+            if session.queued.load(Ordering::SeqCst) > 0 {
+                continue;
+            }
+            let (expiry, reason) = self.0.expiry(&session);
+            if expiry > now {
+                next = next.min(expiry);
+                continue;
+            }
+            self.0.table().remove(&session.key);
+            self.0.ended(reason);
+            self.0.close(seat);
+        }
+        next
+    }
+
+    /// Until a session begins.
+    pub(crate) async fn begun(&self) {
+        self.0.begun.notified().await;
+    }
+
+    fn key(&self, Owner { tenant, user_id }: Owner<'_>) -> SessionKey {
+        let mut hash = Hmac::<Sha256>::new_from_slice(&self.0.secret).expect("HMAC takes keys of any length");
+        hash.update(&(tenant.len() as u64).to_be_bytes());
+        hash.update(tenant.as_bytes());
+        hash.update(user_id.as_bytes());
+        let hash = hash.finalize().into_bytes();
+        SessionKey(hash[..KEY_BYTES].iter().map(|byte| format!("{byte:02x}")).collect())
+    }
+
+    /// A place in the queue of a session, which is made where it is missing.
+    fn enter(&self, key: &SessionKey) -> Result<Place, Error> {
+        if self.0.draining.load(Ordering::SeqCst) {
+            return Err(Error::Draining);
+        }
+        let mut table = self.0.table();
+        if !table.contains_key(key) && table.len() >= self.0.settings.max {
+            let expiries = table.values().map(|session| self.0.expiry(session).0);
+            let retry_after = expiries.min().map_or(Duration::ZERO, |expiry| expiry - Instant::now());
+            return Err(Error::TooMany { retry_after });
+        }
+        let session = table.entry(key.clone()).or_insert_with(|| {
+            self.0.begun.notify_one();
+            Arc::new(Session::new(key.clone()))
+        });
+        if session.queued.load(Ordering::SeqCst) > self.0.settings.queue {
+            return Err(Error::Busy);
+        }
+        session.queued.fetch_add(1, Ordering::SeqCst);
+        let place = Place { sessions: self.clone(), session: session.clone() };
+        self.0.metrics.sessions.set(table.len() as i64);
+        Ok(place)
+    }
+
+    fn count(&self, done: &Done) {
+        let metrics = &self.0.metrics;
+        let outcome = done.outcome.as_ref().err().map_or("ok", |detail| detail.kind.as_str());
+        metrics.runs.with_label_values(&[outcome]).inc();
+        let Timing { queue, claim, run } = done.timing;
+        for (phase, time) in [("queue", queue), ("claim", claim), ("run", run), ("total", queue + claim + run)] {
+            metrics.run_seconds.with_label_values(&[phase]).observe(time.as_secs_f64());
+        }
+        for field in &done.truncated {
+            metrics.capped.with_label_values(&[field.as_str()]).inc();
+        }
+    }
+}
+
+impl Inner {
+    fn table(&self) -> MutexGuard<'_, HashMap<SessionKey, Arc<Session>>> {
+        self.table.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn expiry(&self, session: &Session) -> (Instant, &'static str) {
+        let glance = session.glance();
+        let idle = glance.last_end + self.settings.idle_timeout;
+        match &glance.sandbox {
+            Some((_, _, since)) if *since + self.settings.lifetime_max < idle => {
+                (*since + self.settings.lifetime_max, "lifetime")
+            }
+            _ => (idle, "idle"),
+        }
+    }
+
+    fn close(&self, mut seat: OwnedMutexGuard<Seat>) {
+        seat.closed = true;
+        if let Some(claimed) = seat.claimed.take() {
+            self.pool.remove(claimed);
+        }
+    }
+
+    fn ended(&self, reason: &str) {
+        self.metrics.sessions_ended.with_label_values(&[reason]).inc();
+        self.metrics.sessions.set(self.table().len() as i64);
+    }
+}
+
+impl Session {
+    fn new(key: SessionKey) -> Session {
+        let glance = Glance { sandbox: None, last_end: Instant::now(), deleted: false };
+        Session { key, seat: Arc::default(), queued: AtomicUsize::new(0), glance: Mutex::new(glance) }
+    }
+
+    fn glance(&self) -> MutexGuard<'_, Glance> {
+        self.glance.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// A place in a session's queue, given up by dropping it.
+#[derive(Debug)]
+struct Place {
+    sessions: Sessions,
+    session: Arc<Session>,
+}
+
+impl Place {
+    async fn take_seat(self) -> Turn {
+        let seat = self.session.seat.clone().lock_owned().await;
+        Turn { seat: Some(seat), place: Some(self) }
+    }
+
+    /// A session without a sandbox is none: it must not count against the most that there may be.
+    fn leave(&self, seat: &mut Seat) {
+        if !std::mem::replace(&mut seat.closed, true) {
+            let inner = &self.sessions.0;
+            let mut table = inner.table();
+            if table.get(&self.session.key).is_some_and(|session| Arc::ptr_eq(session, &self.session)) {
+                table.remove(&self.session.key);
+            }
+            inner.metrics.sessions.set(table.len() as i64);
+        }
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        self.session.glance().last_end = Instant::now();
+        self.session.queued.fetch_sub(1, Ordering::SeqCst);
+    }
+}
+
+/// The right to use a session's sandbox. Both fields are there until it is dropped.
+struct Turn {
+    seat: Option<OwnedMutexGuard<Seat>>,
+    place: Option<Place>,
+}
+
+impl Turn {
+    fn seat(&mut self) -> &mut Seat {
+        self.seat.as_mut().expect("only drop takes the seat")
+    }
+
+    fn place(&self) -> &Place {
+        self.place.as_ref().expect("only drop takes the place")
+    }
+
+    fn supervisor(&mut self) -> &mut supervisor::Supervisor {
+        &mut self.seat().claimed.as_mut().expect("a sandbox was claimed before").held.supervisor
+    }
+
+    async fn claim(&mut self) -> Result<(), Error> {
+        let (sessions, session) = (self.place().sessions.clone(), self.place().session.clone());
+        let claimed = sessions.0.pool.claim(&session.key).await?;
+        session.glance().sandbox = Some((claimed.held.id.clone(), SystemTime::now(), claimed.since));
+        let seat = self.seat();
+        seat.claimed = Some(claimed);
+        seat.out_of_memory_kills = 0;
+        Ok(())
+    }
+
+    async fn conclude(&mut self, report: Report, timing: Timing) -> Done {
+        let Report { outcome, stdout, stderr, workspace_files, truncated, wall: _, cpu: _, page_faults: _ } = report;
+        let outcome = match outcome {
+            Outcome::Result(value) => Ok(value),
+            Outcome::Failed(detail) => Err(detail),
+            Outcome::Killed => Err(self.who_killed().await),
+        };
+        Done { outcome, stdout, stderr, workspace_files, truncated, lost: false, timing }
+    }
+
+    /// A SIGKILL that was not ours: the engine may have counted it as one for want of memory.
+    async fn who_killed(&mut self) -> ErrorDetail {
+        let out_of_memory = ErrorDetail::new(ErrorKind::OutOfMemory, "MemoryError", "killed: out of memory");
+        let runtime = self.place().sessions.0.pool.runtime().clone();
+        let Some(id) = self.seat().claimed.as_ref().map(|claimed| claimed.held.id.clone()) else {
+            return out_of_memory;
+        };
+        match runtime.fate(&id).await {
+            Ok(Fate::Running { out_of_memory_kills: Some(kills) }) if kills <= self.seat().out_of_memory_kills => {
+                ErrorDetail::new(ErrorKind::Crashed, "SIGKILL", "killed by signal 9")
+            }
+            Ok(Fate::Running { out_of_memory_kills: Some(kills) }) => {
+                self.seat().out_of_memory_kills = kills;
+                out_of_memory
+            }
+            _ => out_of_memory,
+        }
+    }
+
+    /// The sandbox is of no more use: removes it, and says what is known of the reason.
+    async fn lose(&mut self, error: supervisor::Error, timing: Timing) -> Done {
+        let (sessions, session) = (self.place().sessions.clone(), self.place().session.clone());
+        let claimed = self.seat().claimed.take().expect("a sandbox was claimed before");
+        let fate = sessions.0.pool.runtime().fate(&claimed.held.id).await;
+        let deleted = {
+            let mut glance = session.glance();
+            glance.sandbox = None;
+            glance.deleted
+        };
+        let detail = why_lost(&error, fate.as_ref().ok(), deleted);
+        tracing::warn!(session = %session.key, sandbox = %claimed.held.id, %error, ?fate, "a sandbox was lost");
+        sessions.0.metrics.lost.with_label_values(&[detail.kind.as_str()]).inc();
+        sessions.0.pool.remove(claimed);
+        Done {
+            outcome: Err(detail),
+            stdout: String::new(),
+            stderr: String::new(),
+            workspace_files: vec!["total 0".into()],
+            truncated: Vec::new(),
+            lost: true,
+            timing,
+        }
+    }
+}
+
+impl Drop for Turn {
+    fn drop(&mut self) {
+        let (Some(mut seat), Some(place)) = (self.seat.take(), self.place.take()) else { return };
+        let Some(claimed) = &seat.claimed else { return place.leave(&mut seat) };
+        if claimed.held.supervisor.is_idle() {
+            return;
+        }
+        // The client went away in the middle. Ends by the supervisor's own deadline.
+        tokio::spawn(async move {
+            let Some(claimed) = seat.claimed.as_mut() else { return };
+            if claimed.held.supervisor.cancel().await.is_err() {
+                let metrics = &place.sessions.0.metrics;
+                metrics.lost.with_label_values(&[ErrorKind::Cancelled.as_str()]).inc();
+                place.session.glance().sandbox = None;
+                if let Some(claimed) = seat.claimed.take() {
+                    place.sessions.0.pool.remove(claimed);
+                }
+                place.leave(&mut seat);
+            }
+            place.sessions.0.metrics.runs.with_label_values(&[ErrorKind::Cancelled.as_str()]).inc();
+        });
+    }
+}
+
+fn why_lost(error: &supervisor::Error, fate: Option<&Fate>, deleted: bool) -> ErrorDetail {
+    use supervisor::Error as E;
+    match (error, fate) {
+        _ if deleted => ErrorDetail::new(ErrorKind::Cancelled, "SandboxLost", "the session was deleted"),
+        (_, Some(Fate::OutOfMemory)) => {
+            ErrorDetail::new(ErrorKind::OutOfMemory, "MemoryError", "the sandbox ran out of memory")
+        }
+        (E::Unresponsive, _) => ErrorDetail::new(ErrorKind::Timeout, "SandboxLost", "the sandbox did not answer in time"),
+        (E::Violation(_), _) => ErrorDetail::new(ErrorKind::Crashed, "SandboxLost", "the sandbox broke its protocol"),
+        (E::Ended | E::Layer(_), _) => ErrorDetail::new(ErrorKind::Crashed, "SandboxLost", "the sandbox died"),
+    }
+}
+
+fn rfc3339<S: serde::Serializer>(time: &SystemTime, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.collect_str(&humantime::format_rfc3339_millis(*time))
+}

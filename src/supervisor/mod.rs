@@ -1,0 +1,265 @@
+//! Floor 3: the conversation with one sandbox. Deadlines and caps are kept here, whatever a guest does.
+
+pub mod fake;
+mod protocol;
+mod report;
+
+use std::time::Duration;
+
+use bytes::BytesMut;
+use serde::Serialize;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::time::{Instant, timeout_at};
+
+use crate::runtime::{Duplex, Layer, LayerState};
+use protocol::{Answer, Frame, Request};
+pub use protocol::Violation;
+pub use report::{ErrorDetail, ErrorKind, Field, MAX_JSON_DEPTH, Outcome, Report, json_depth};
+
+/// The program that is PID 1 of every sandbox, for `python3 -I -S -c`.
+pub const SOURCE: &str = include_str!("supervisor.py");
+/// A program that tries, from inside, what the layers forbid; see `probe_layers`.
+const PROBE: &str = include_str!("probe.py");
+/// What a supervisor says of itself is short.
+const HELLO_BYTES: usize = 64 * 1024;
+/// Room for a report and the lengths of sections.
+const REPORT_BYTES: usize = 64 * 1024;
+/// The listing's own cap in supervisor.py, 512 KiB, each byte at most six as JSON.
+const LISTING_BYTES: usize = 6 * 512 * 1024;
+/// A read buffer that grew beyond this is given back after the run.
+const KEPT_BUFFER_BYTES: usize = 64 * 1024;
+
+/// The caps of every run in a sandbox.
+#[derive(Debug, Clone, Serialize)]
+pub struct Caps {
+    /// Bytes of stdout that are kept.
+    pub stdout: u64,
+    /// Bytes of stderr that are kept.
+    pub stderr: u64,
+    /// Bytes of the result as JSON.
+    pub result: u64,
+    /// Bytes of each text of an error.
+    pub error: u64,
+    /// Lines of the workspace's listing.
+    pub listing_lines: u64,
+    /// From the first, gentle interrupt of a run to SIGKILL, in milliseconds.
+    pub grace_ms: u64,
+    /// Resource limits of each run's process, by their names without `RLIMIT_`, where they stand in for a
+    /// control group.
+    pub rlimits: std::collections::BTreeMap<&'static str, u64>,
+}
+
+/// One execution of code.
+#[derive(Debug, Clone, Copy)]
+pub struct Run<'a> {
+    /// Python source.
+    pub code: &'a str,
+    /// The variables: a JSON object as it came, or nothing.
+    pub data: &'a str,
+    /// What the run reads from its standard input.
+    pub stdin: &'a str,
+    /// Its wall time.
+    pub timeout: Duration,
+}
+
+/// What a supervisor tells of itself when it is attached.
+#[derive(Debug, Clone, serde::Deserialize)]
+pub struct Hello {
+    /// The interpreter's version, e.g. `3.13.1`.
+    pub python: String,
+    /// 1 in a sandbox.
+    pub pid: u32,
+    /// Its user.
+    pub uid: u32,
+    /// 1 where no program it runs can gain rights.
+    #[serde(rename = "NoNewPrivs")]
+    pub no_new_privileges: Option<String>,
+    /// 2 where a filter is installed.
+    #[serde(rename = "Seccomp")]
+    pub seccomp: Option<String>,
+    /// The bounding set in hex.
+    #[serde(rename = "CapBnd")]
+    pub bounding_set: Option<String>,
+    /// The effective set in hex.
+    #[serde(rename = "CapEff")]
+    pub effective_set: Option<String>,
+}
+
+impl Hello {
+    /// The name of the first layer that this sandbox lacks though every sandbox is to have it.
+    pub fn missing_layer(&self) -> Option<&'static str> {
+        let none = |set: &Option<String>| set.as_ref().is_none_or(|set| set.bytes().all(|digit| digit == b'0'));
+        let is = |field: &Option<String>, wanted| field.as_ref().is_none_or(|value| value == wanted);
+        [
+            (self.pid == 1, "pid_namespace"),
+            (self.uid != 0, "user_namespace"),
+            (none(&self.bounding_set) && none(&self.effective_set), "capabilities"),
+            (is(&self.no_new_privileges, "1"), "no_new_privileges"),
+            (is(&self.seccomp, "2"), "seccomp"),
+        ]
+        .into_iter()
+        .find_map(|(holds, layer)| (!holds).then_some(layer))
+    }
+}
+
+/// Why a conversation ended. Its sandbox is condemned by each of these.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The stream ended or broke: the supervisor is dead, or its engine is.
+    #[error("the stream to the supervisor ended")]
+    Ended,
+    /// No answer by the deadline, which every guest can reach and none can pass.
+    #[error("the supervisor does not answer")]
+    Unresponsive,
+    /// Bytes that are no frame of ours.
+    #[error("the supervisor sent {0}")]
+    Violation(#[from] Violation),
+    /// A sandbox without a layer that was asked for.
+    #[error("the sandbox lacks the layer {0}")]
+    Layer(&'static str),
+}
+
+/// The server's side of an attached supervisor.
+pub struct Supervisor {
+    stream: Duplex,
+    buffer: BytesMut,
+    grace: Duration,
+    longest: usize,
+    state: State,
+}
+
+/// Where a conversation stands, so that it can be taken up when a caller was dropped in the middle.
+#[derive(Debug, Clone, Copy)]
+enum State {
+    Idle,
+    /// Part of a frame may be out: nothing more can be said.
+    Sending,
+    Running { nonce: u64 },
+}
+
+impl std::fmt::Debug for Supervisor {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Supervisor").field("state", &self.state).finish_non_exhaustive()
+    }
+}
+
+impl Supervisor {
+    /// Says hello over a fresh stream, and believes nothing that comes before the answer to it.
+    pub async fn attach(stream: Duplex, caps: &Caps, deadline: Instant) -> Result<(Supervisor, Hello), Error> {
+        let parts = caps.stdout + caps.stderr + caps.result.max(16 * caps.error);
+        let mut supervisor = Supervisor {
+            stream,
+            buffer: BytesMut::new(),
+            grace: Duration::from_millis(caps.grace_ms) * 2,
+            longest: parts as usize + LISTING_BYTES + REPORT_BYTES,
+            state: State::Idle,
+        };
+        let nonce = nonce();
+        let caps = serde_json::to_vec(caps).expect("numbers under string keys are always JSON");
+        let converse = async {
+            supervisor.send(nonce, Request::Hello, &[&caps]).await?;
+            supervisor.receive(nonce, Answer::Hello, HELLO_BYTES).await
+        };
+        let frame = timeout_at(deadline, converse).await.unwrap_or(Err(Error::Unresponsive))?;
+        supervisor.state = State::Idle;
+        let [hello] = protocol::sections(frame.payload)?;
+        let hello: Hello = serde_json::from_slice(&hello).map_err(|_| Violation::Content("hello"))?;
+        match hello.missing_layer() {
+            Some(layer) => Err(Error::Layer(layer)),
+            None => Ok((supervisor, hello)),
+        }
+    }
+
+    /// Runs code. A run that failed is a `Report`, too; an error means that the sandbox is lost.
+    ///
+    /// May be dropped at any await; `cancel` then brings the supervisor back to rest.
+    pub async fn run(&mut self, run: &Run<'_>) -> Result<Report, Error> {
+        let deadline = Instant::now() + run.timeout + self.grace;
+        let nonce = nonce();
+        let options = format!("{{\"timeout_ms\":{}}}", run.timeout.as_millis());
+        let sections = [options.as_bytes(), run.code.as_bytes(), run.data.as_bytes(), run.stdin.as_bytes()];
+        let converse = async {
+            self.send(nonce, Request::Run, &sections).await?;
+            self.receive(nonce, Answer::Done, self.longest).await
+        };
+        let frame = timeout_at(deadline, converse).await.unwrap_or(Err(Error::Unresponsive))?;
+        self.rest();
+        Ok(Report::parse(protocol::sections(frame.payload)?, run.timeout)?)
+    }
+
+    /// Whether no run is under way.
+    pub fn is_idle(&self) -> bool {
+        matches!(self.state, State::Idle)
+    }
+
+    /// Interrupts a run whose caller is gone and waits until the supervisor is at rest.
+    pub async fn cancel(&mut self) -> Result<(), Error> {
+        let nonce = match self.state {
+            State::Idle => return Ok(()),
+            State::Sending => return Err(Error::Ended),
+            State::Running { nonce } => nonce,
+        };
+        let deadline = Instant::now() + self.grace;
+        let converse = async {
+            self.send(nonce, Request::Interrupt, &[]).await?;
+            self.receive(nonce, Answer::Done, self.longest).await
+        };
+        timeout_at(deadline, converse).await.unwrap_or(Err(Error::Unresponsive))?;
+        self.rest();
+        Ok(())
+    }
+
+    /// What the layers are worth, tried from inside; the engine's own claims are `layers`.
+    ///
+    /// # Errors
+    /// Where the sandbox did not answer; a layer that does not hold is `Unenforced` in what comes back.
+    pub async fn probe_layers(&mut self, mut layers: Vec<Layer>) -> Result<Vec<Layer>, Error> {
+        let run = Run { code: PROBE, data: "", stdin: "", timeout: Duration::from_secs(10) };
+        let report = self.run(&run).await?;
+        let Outcome::Result(found) = report.outcome else { return Err(Violation::Content("probe").into()) };
+        let found: std::collections::BTreeMap<String, String> =
+            serde_json::from_str(found.get()).map_err(|_| Violation::Content("probe"))?;
+        for layer in layers.iter_mut().filter(|layer| layer.state == LayerState::On) {
+            if let Some(hole) = found.get(layer.name) {
+                layer.state = LayerState::Unenforced;
+                layer.by = format!("does not hold: {hole}");
+            }
+        }
+        Ok(layers)
+    }
+
+    async fn send(&mut self, nonce: u64, kind: Request, sections: &[&[u8]]) -> Result<(), Error> {
+        let mut frame = Vec::new();
+        protocol::encode(&mut frame, nonce, kind, sections);
+        self.state = State::Sending;
+        self.stream.write_all(&frame).await.map_err(|_| Error::Ended)?;
+        self.stream.flush().await.map_err(|_| Error::Ended)?;
+        self.state = State::Running { nonce };
+        Ok(())
+    }
+
+    async fn receive(&mut self, nonce: u64, kind: Answer, longest: usize) -> Result<Frame, Error> {
+        loop {
+            if let Some(frame) = protocol::decode(&mut self.buffer, longest)? {
+                let expected = frame.nonce == nonce && frame.kind == kind;
+                return if expected { Ok(frame) } else { Err(Violation::Nonce.into()) };
+            }
+            self.buffer.reserve(4096);
+            match self.stream.read_buf(&mut self.buffer).await {
+                Ok(0) | Err(_) => return Err(Error::Ended),
+                Ok(_) => {}
+            }
+        }
+    }
+
+    fn rest(&mut self) {
+        self.state = State::Idle;
+        if self.buffer.is_empty() && self.buffer.capacity() > KEPT_BUFFER_BYTES {
+            self.buffer = BytesMut::new();
+        }
+    }
+}
+
+fn nonce() -> u64 {
+    getrandom::u64().expect("the kernel gives random numbers once it is up")
+}

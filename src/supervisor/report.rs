@@ -1,0 +1,348 @@
+//! What came of a run. Every byte of it was a stranger's: here it is checked once, and typed from then on.
+
+use std::borrow::Cow;
+use std::time::Duration;
+
+use bytes::Bytes;
+use serde::{Deserialize, Serialize};
+use serde_json::value::RawValue;
+
+use super::protocol::Violation;
+
+/// How deep JSON may be nested, both ways: parsers of clients begin to fail at 128.
+pub const MAX_JSON_DEPTH: usize = 100;
+
+/// A run that came to its end, well or not.
+#[derive(Debug)]
+pub struct Report {
+    /// The result, or why there is none.
+    pub outcome: Outcome,
+    /// What was printed, with U+FFFD for what is no UTF-8.
+    pub stdout: String,
+    /// Likewise.
+    pub stderr: String,
+    /// The workspace as `ls -lR` prints it, the leading line left out.
+    pub workspace_files: Vec<String>,
+    /// The fields that were cut at their cap.
+    pub truncated: Vec<Field>,
+    /// Wall time of the run's own process.
+    pub wall: Duration,
+    /// Its CPU time.
+    pub cpu: Duration,
+    /// Page faults that needed no disk: the figure to watch, it repeats where times do not.
+    pub page_faults: u64,
+}
+
+/// How a run ended.
+#[derive(Debug)]
+pub enum Outcome {
+    /// The value of `result`, as JSON.
+    Result(Box<RawValue>),
+    /// It failed.
+    Failed(ErrorDetail),
+    /// SIGKILL that we did not send: out of memory, or by the run's own hand; the engine may know.
+    Killed,
+}
+
+/// The fields of an answer that have a cap.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Field {
+    /// `stdout`
+    Stdout,
+    /// `stderr`
+    Stderr,
+    /// `workspace_files`
+    WorkspaceFiles,
+    /// `error`
+    Error,
+}
+
+impl Field {
+    /// As in `truncated`; a metric label.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Field::Stdout => "stdout",
+            Field::Stderr => "stderr",
+            Field::WorkspaceFiles => "workspace_files",
+            Field::Error => "error",
+        }
+    }
+}
+
+/// How a run failed, for a program to read.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct ErrorDetail {
+    /// Which of the ways to fail.
+    pub kind: ErrorKind,
+    /// The exception's class, or a word for what ended the run.
+    pub name: String,
+    /// The exception's text.
+    pub value: String,
+    /// Python's own traceback, empty where there is none.
+    pub traceback: String,
+}
+
+impl ErrorDetail {
+    /// A failure that Python has no exception for.
+    pub fn new(kind: ErrorKind, name: &str, value: impl Into<String>) -> ErrorDetail {
+        ErrorDetail { kind, name: name.into(), value: value.into(), traceback: String::new() }
+    }
+
+    /// The text of an answer's `error`.
+    pub fn message(&self) -> String {
+        let ErrorDetail { kind, name: _, value, traceback } = self;
+        match kind {
+            ErrorKind::Raised | ErrorKind::Syntax | ErrorKind::OutOfMemory if !traceback.is_empty() => {
+                format!("Error running code: {traceback}")
+            }
+            _ if traceback.is_empty() => format!("Error running code: {value}"),
+            _ => format!("Error running code: {value}\n{traceback}"),
+        }
+    }
+}
+
+/// The ways in which a run fails.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ErrorKind {
+    /// An exception that nobody caught.
+    Raised,
+    /// The code is no Python.
+    Syntax,
+    /// It ended itself with a status.
+    Exited,
+    /// Its time was over.
+    Timeout,
+    /// MemoryError, or killed for want of memory.
+    OutOfMemory,
+    /// A signal ended it.
+    Crashed,
+    /// `result` is nothing that JSON has.
+    ResultInvalid,
+    /// `result` is longer than its cap.
+    ResultTooLarge,
+    /// Interrupted on request.
+    Cancelled,
+}
+
+impl ErrorKind {
+    /// As in `error_detail.kind`; a metric label.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            ErrorKind::Raised => "raised",
+            ErrorKind::Syntax => "syntax",
+            ErrorKind::Exited => "exited",
+            ErrorKind::Timeout => "timeout",
+            ErrorKind::OutOfMemory => "out_of_memory",
+            ErrorKind::Crashed => "crashed",
+            ErrorKind::ResultInvalid => "result_invalid",
+            ErrorKind::ResultTooLarge => "result_too_large",
+            ErrorKind::Cancelled => "cancelled",
+        }
+    }
+}
+
+/// What the supervisor tells of the run's process.
+#[derive(Deserialize)]
+struct Facts<'a> {
+    exited: Option<i32>,
+    signal: Option<i32>,
+    #[serde(borrow)]
+    outcome: Option<Cow<'a, str>>,
+    oversized: bool,
+    stopped: Option<Cow<'a, str>>,
+    truncated: Vec<Cow<'a, str>>,
+    run_us: u64,
+    cpu_us: u64,
+    page_faults: u64,
+}
+
+/// What the run's process told of its own failure.
+#[derive(Deserialize)]
+struct Told {
+    kind: ErrorKind,
+    name: String,
+    value: String,
+    traceback: String,
+    #[serde(default)]
+    truncated: bool,
+}
+
+const SIGKILL: i32 = 9;
+
+impl Report {
+    pub(super) fn parse(sections: [Bytes; 5], timeout: Duration) -> Result<Report, Violation> {
+        let [facts, payload, stdout, stderr, listing] = sections;
+        let facts: Facts<'_> = serde_json::from_slice(&facts).map_err(|_| Violation::Content("report"))?;
+        let workspace_files = serde_json::from_slice(&listing).map_err(|_| Violation::Content("listing"))?;
+        let told = match facts.outcome.as_deref() {
+            Some("error") => serde_json::from_slice::<Told>(&payload).ok(),
+            _ => None,
+        };
+        let mut truncated: Vec<Field> = facts.truncated.iter().filter_map(|name| field(name)).collect();
+        if told.as_ref().is_some_and(|told| told.truncated) {
+            truncated.push(Field::Error);
+        }
+        let (wall, cpu) = (Duration::from_micros(facts.run_us), Duration::from_micros(facts.cpu_us));
+        let page_faults = facts.page_faults;
+        let outcome = outcome(facts, told, &payload, timeout);
+        let (stdout, stderr) = (text(stdout), text(stderr));
+        Ok(Report { outcome, stdout, stderr, workspace_files, truncated, wall, cpu, page_faults })
+    }
+}
+
+/// What ended the run counts more than what its process says of itself.
+fn outcome(facts: Facts<'_>, told: Option<Told>, payload: &[u8], timeout: Duration) -> Outcome {
+    let traceback = told.as_ref().map(|told| told.traceback.clone()).unwrap_or_default();
+    let fail = |kind, name: &str, value: String| Outcome::Failed(ErrorDetail::new(kind, name, value));
+    let stopped = |kind, name: &str, value: String| {
+        Outcome::Failed(ErrorDetail { kind, name: name.into(), value, traceback: traceback.clone() })
+    };
+    match (facts.stopped.as_deref(), told, facts.outcome.as_deref()) {
+        (Some("timeout"), _, _) => {
+            stopped(ErrorKind::Timeout, "TimeoutError", format!("timed out after {} ms", timeout.as_millis()))
+        }
+        (Some(_), _, _) => stopped(ErrorKind::Cancelled, "KeyboardInterrupt", "cancelled".into()),
+        (None, Some(Told { kind, name, value, traceback, truncated: _ }), _) => {
+            Outcome::Failed(ErrorDetail { kind, name, value, traceback })
+        }
+        _ if facts.oversized => {
+            fail(ErrorKind::ResultTooLarge, "ValueError", "the result pipe got more than any result may have".into())
+        }
+        (None, None, Some("result")) => match result(payload) {
+            Some(result) => Outcome::Result(result),
+            None => fail(ErrorKind::ResultInvalid, "ValueError", "result is no JSON, or nested too deeply".into()),
+        },
+        (None, None, _) => match (facts.signal, facts.exited) {
+            (Some(SIGKILL), _) => Outcome::Killed,
+            (Some(signal), _) => fail(ErrorKind::Crashed, signal_name(signal), format!("killed by signal {signal}")),
+            (None, code) => {
+                fail(ErrorKind::Exited, "SystemExit", format!("exited with status {}", code.unwrap_or(-1)))
+            }
+        },
+    }
+}
+
+/// A guest can write to its result pipe what it likes; what we pass on is JSON that clients can parse.
+fn result(payload: &[u8]) -> Option<Box<RawValue>> {
+    let text = std::str::from_utf8(payload).ok()?;
+    let value: Box<RawValue> = serde_json::from_str(text).ok()?;
+    (json_depth(value.get()) <= MAX_JSON_DEPTH).then_some(value)
+}
+
+/// How deep a valid JSON text is nested; a number alone is 0.
+pub fn json_depth(text: &str) -> usize {
+    let (mut depth, mut deepest, mut in_string, mut escaped) = (0_usize, 0, false, false);
+    for byte in text.bytes() {
+        match byte {
+            _ if escaped => escaped = false,
+            b'\\' if in_string => escaped = true,
+            b'"' => in_string = !in_string,
+            _ if in_string => {}
+            b'[' | b'{' => {
+                depth += 1;
+                deepest = deepest.max(depth);
+            }
+            b']' | b'}' => depth = depth.saturating_sub(1),
+            _ => {}
+        }
+    }
+    deepest
+}
+
+fn text(bytes: Bytes) -> String {
+    match String::from_utf8_lossy(&bytes) {
+        Cow::Borrowed(text) => text.to_owned(),
+        Cow::Owned(text) => text,
+    }
+}
+
+fn field(name: &str) -> Option<Field> {
+    match name {
+        "stdout" => Some(Field::Stdout),
+        "stderr" => Some(Field::Stderr),
+        "workspace_files" => Some(Field::WorkspaceFiles),
+        _ => None,
+    }
+}
+
+fn signal_name(signal: i32) -> &'static str {
+    match signal {
+        4 => "SIGILL",
+        6 => "SIGABRT",
+        7 => "SIGBUS",
+        8 => "SIGFPE",
+        11 => "SIGSEGV",
+        13 => "SIGPIPE",
+        15 => "SIGTERM",
+        24 => "SIGXCPU",
+        25 => "SIGXFSZ",
+        31 => "SIGSYS",
+        _ => "signal",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(changes: &[(&str, &str)], payload: &str) -> Report {
+        let mut facts = serde_json::json!({
+            "exited": 0, "signal": null, "outcome": null, "oversized": false, "stopped": null, "truncated": [],
+            "run_us": 1, "cpu_us": 1, "page_faults": 1,
+        });
+        for (key, value) in changes {
+            facts[key] = serde_json::from_str(value).unwrap();
+        }
+        let part = |text: &str| Bytes::copy_from_slice(text.as_bytes());
+        let sections = [part(&facts.to_string()), part(payload), part("out"), part(""), part("[\"total 0\"]")];
+        Report::parse(sections, Duration::from_secs(1)).unwrap()
+    }
+
+    fn kind(changes: &[(&str, &str)], payload: &str) -> ErrorKind {
+        match parse(changes, payload).outcome {
+            Outcome::Failed(detail) => detail.kind,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn what_is_no_json_or_too_deep_is_an_invalid_result() {
+        let nested = |depth: usize| "[".repeat(depth) + &"]".repeat(depth);
+        for bad in ["", "nan", "{\"a\":}", "1 2", "[[", &nested(MAX_JSON_DEPTH + 1)] {
+            assert_eq!(kind(&[("outcome", "\"result\"")], bad), ErrorKind::ResultInvalid, "{bad}");
+        }
+        let deepest = parse(&[("outcome", "\"result\"")], &nested(MAX_JSON_DEPTH));
+        assert!(matches!(deepest.outcome, Outcome::Result(_)));
+    }
+
+    #[test]
+    fn what_ended_a_run_counts_more_than_what_it_says() {
+        let said = r#"{"kind":"raised","name":"E","value":"v","traceback":"t"}"#;
+        let error = ("outcome", "\"error\"");
+        assert_eq!(kind(&[error], said), ErrorKind::Raised);
+        assert_eq!(kind(&[error, ("stopped", "\"timeout\"")], said), ErrorKind::Timeout);
+        assert_eq!(kind(&[("outcome", "\"result\""), ("stopped", "\"timeout\"")], "3"), ErrorKind::Timeout);
+        assert_eq!(kind(&[error, ("stopped", "\"cancelled\"")], said), ErrorKind::Cancelled);
+        assert_eq!(kind(&[("signal", "11"), ("exited", "null")], ""), ErrorKind::Crashed);
+        assert_eq!(kind(&[("exited", "3")], ""), ErrorKind::Exited);
+        assert_eq!(kind(&[("oversized", "true")], ""), ErrorKind::ResultTooLarge);
+        let killed = parse(&[("signal", "9"), ("exited", "null")], "");
+        assert!(matches!(killed.outcome, Outcome::Killed));
+    }
+
+    #[test]
+    fn a_kind_that_only_we_may_give_is_no_error_of_the_run() {
+        for said in [r#"{"kind":"nonsense","name":"","value":"","traceback":""}"#, "[]", ""] {
+            assert_eq!(kind(&[("outcome", "\"error\"")], said), ErrorKind::Exited, "{said}");
+        }
+    }
+
+    #[test]
+    fn depth_counts_brackets_outside_of_strings() {
+        for (text, depth) in [("1", 0), ("[]", 1), ("{\"a\":[1,{}]}", 3), ("\"[[\\\"[\"", 0), ("[[],[[]]]", 3)] {
+            assert_eq!(json_depth(text), depth, "{text}");
+        }
+    }
+}

@@ -1,0 +1,844 @@
+# PID 1 of every sandbox: keeps one interpreter forked in advance and hands it the code of the next run.
+#
+# Only the standard library, Python 3.8 to 3.14, and as few imports as can be: each costs every sandbox
+# a part of its start (`signal` alone 4 ms, through enum; hence `_signal`). The frames on descriptors 0
+# and 1 are described in protocol.rs. What a run can reach is its own process: it gets its stdin, stdout,
+# stderr and the result pipe, and everything that it changed dies with it.
+import gc, os, select, struct, sys, time
+import _signal, _stat
+
+HELLO, RUN, INTERRUPT = 1, 2, 3
+HELLO_ANSWER, DONE = 129, 130
+HEADER = struct.Struct(">QBI")  # nonce, kind, length of the payload
+OUTCOME = struct.Struct(">BI")  # what the run's process says of itself: kind, length
+RESULT, ERROR = 0, 1
+LENGTH = struct.Struct(">I")
+
+WORKSPACE = "/workspace"
+CODE_NAME = "<code>"  # the guest's code in its tracebacks
+SETTLE_AFTER_MS = 50  # idle this long after the start, a sandbox loads what only errors need
+MOST_DESCRIPTORS = 64  # this file opens about 15
+LINGER_S = 0.2  # how long pipes held open by a dying process may delay an answer
+REAP_S = 5.0  # a process that outlives SIGKILL by this much condemns the sandbox
+LISTING_BYTES = 512 * 1024  # a name may be 255 bytes of escapes, so lines alone are no bound
+
+
+# -- JSON: the C halves of `json`, whose Python half costs 9 ms to import ----------------------------
+
+
+class ScannerSettings:
+    strict, object_hook, object_pairs_hook = True, None, None
+    parse_float, parse_int, parse_constant = float, int, {"NaN": None}.__getitem__
+    memo = {}
+
+
+def refuse(value):
+    raise TypeError("Object of type %s is not JSON serializable" % type(value).__name__)
+
+
+def json_functions():
+    try:
+        import _json
+
+        scan = _json.make_scanner(ScannerSettings)
+        if scan('{"a": [1, 2.5, null]}', 0)[0] != {"a": [1, 2.5, None]}:
+            raise ImportError("the C scanner is not the one that this was written for")
+
+        def dumps(value):
+            encode = _json.make_encoder(
+                {}, refuse, _json.encode_basestring, None, ":", ",", False, False, False
+            )
+            return "".join(encode(value, 0))
+
+        if dumps({"a": [1, 2.5, None]}) != '{"a":[1,2.5,null]}':
+            raise ImportError("the C encoder is not the one that this was written for")
+        return (lambda text: scan(text, 0)[0]), dumps
+    except Exception:
+        import json
+
+        return json.loads, lambda value: json.dumps(
+            value, ensure_ascii=False, allow_nan=False, separators=(",", ":")
+        )
+
+
+loads, dumps = json_functions()
+
+
+# -- frames ------------------------------------------------------------------------------------------
+
+
+def write_all(fd, data):
+    view = memoryview(data)
+    while view:
+        view = view[os.write(fd, view) :]
+
+
+def join(sections):
+    return b"".join(part for section in sections for part in (LENGTH.pack(len(section)), section))
+
+
+def send(nonce, kind, *sections):
+    payload = join(sections)
+    write_all(1, HEADER.pack(nonce, kind, len(payload)) + payload)
+
+
+def split(payload):
+    sections, at = [], 0
+    while at < len(payload):
+        (length,) = LENGTH.unpack_from(payload, at)
+        at += LENGTH.size
+        sections.append(payload[at : at + length])
+        at += length
+    return sections
+
+
+class Input:
+    """The frames that the server sends, in order."""
+
+    def __init__(self):
+        self.buffer = bytearray()
+
+    def fill(self):
+        data = os.read(0, 1 << 18)
+        if not data:
+            os._exit(0)  # the server is gone, and this sandbox with it
+        self.buffer += data
+
+    def take(self):
+        """The next frame where it is here as a whole, else None."""
+        if len(self.buffer) < HEADER.size:
+            return None
+        nonce, kind, length = HEADER.unpack_from(self.buffer)
+        end = HEADER.size + length
+        if len(self.buffer) < end:
+            return None
+        payload = bytes(memoryview(self.buffer)[HEADER.size : end])
+        del self.buffer[:end]
+        return nonce, kind, payload
+
+
+# -- the run's own process ---------------------------------------------------------------------------
+
+
+def read_exactly(fd, length):
+    parts = []
+    while length:
+        part = os.read(fd, min(length, 1 << 20))
+        if not part:
+            os._exit(0)  # the supervisor has no use for this process any more
+        parts.append(part)
+        length -= len(part)
+    return b"".join(parts)
+
+
+def unlimited_digits(function, argument):
+    """Calls with integers of any size allowed: the time limit bounds what they cost."""
+    if not hasattr(sys, "set_int_max_str_digits"):
+        return function(argument)
+    before = sys.get_int_max_str_digits()
+    sys.set_int_max_str_digits(0)
+    try:
+        return function(argument)
+    finally:
+        sys.set_int_max_str_digits(before)
+
+
+class SourceOnImport:
+    """Puts the guest's source where tracebacks look for it, once `linecache` is imported."""
+
+    def __init__(self, source):
+        self.entry = (len(source), None, source.splitlines(True), CODE_NAME)
+
+    def place(self):
+        if "linecache" in sys.modules:
+            sys.modules["linecache"].cache[CODE_NAME] = self.entry
+        else:
+            sys.meta_path.insert(0, self)
+
+    def find_spec(self, name, path=None, target=None):
+        if name != "linecache":
+            return None
+        sys.meta_path.remove(self)
+        spec = sys.modules["_frozen_importlib_external"].PathFinder.find_spec(name)
+        execute, entry = spec.loader.exec_module, self.entry
+
+        class Loader:
+            create_module = staticmethod(lambda spec: None)
+
+            @staticmethod
+            def exec_module(module):
+                execute(module)
+                module.cache[CODE_NAME] = entry
+
+        spec.loader = Loader
+        return spec
+
+
+def blame(value, path, depth=0):
+    """Says which part of a result JSON does not have; None where no part is to blame."""
+    if depth > 200:
+        return "%s is nested too deeply" % path
+    if value is None or isinstance(value, (bool, int)):
+        return None
+    if isinstance(value, float):
+        return None if value - value == 0 else "%s is %r, which JSON does not have" % (path, value)
+    if isinstance(value, str):
+        try:
+            return value.encode() and None
+        except UnicodeEncodeError:
+            return "%s holds a lone surrogate, which is no Unicode text" % path
+    if isinstance(value, (list, tuple)):
+        parts = ((item, "%s[%d]" % (path, index)) for index, item in enumerate(value))
+    elif isinstance(value, dict):
+        for key in value:
+            if not isinstance(key, (str, int, float, bool, type(None))):
+                return "a key of %s is of type %s, which JSON does not have" % (path, type(key).__name__)
+        parts = ((item, "%s[%r]" % (path, key)) for key, item in value.items())
+    else:
+        return "%s is of type %s, which JSON does not have" % (path, type(value).__name__)
+    for item, item_path in parts:
+        found = blame(item, item_path, depth + 1)
+        if found:
+            return found
+    return None
+
+
+class Failure(Exception):
+    """A run that failed: what `error_detail` says of it."""
+
+    def __init__(self, kind, name, value, traceback=""):
+        self.detail = {"kind": kind, "name": name, "value": value, "traceback": traceback}
+
+
+def encode_result(value, limit):
+    try:
+        encoded = unlimited_digits(dumps, value).encode()
+    except (KeyboardInterrupt, MemoryError):
+        raise
+    except RecursionError:
+        raise Failure("result_invalid", "RecursionError", "result is nested too deeply")
+    except BaseException as error:
+        why = None
+        try:
+            why = blame(value, "result")
+        except Exception:
+            pass
+        raise Failure("result_invalid", type(error).__name__, why or "result: %s" % error)
+    if len(encoded) > limit:
+        message = "result is %d bytes of JSON, more than the %d allowed" % (len(encoded), limit)
+        raise Failure("result_too_large", "ValueError", message)
+    return encoded
+
+
+def format_error(error, syntax=False):
+    """Python's own traceback without the frames of this file."""
+    frames = error.__traceback__
+    while frames and frames.tb_frame.f_globals is globals():
+        frames = frames.tb_next
+    try:
+        import traceback
+
+        if syntax:
+            lines = traceback.format_exception_only(type(error), error)
+        else:
+            lines = traceback.format_exception(type(error), error, frames)
+        return "".join(lines).rstrip("\n")
+    except Exception:
+        return type(error).__name__  # its __str__ fails, or there is no memory left for more
+
+
+def failure_of(error, syntax=False):
+    kind = "raised"
+    if syntax:
+        kind = "syntax"
+    elif isinstance(error, MemoryError):
+        kind = "out_of_memory"
+    try:
+        value = str(error)
+    except Exception:
+        value = "<exception str() failed>"
+    return Failure(kind, type(error).__name__, value, format_error(error, syntax))
+
+
+def end_of(error):
+    """What `sys.exit` means: nothing where it is a success, a Failure otherwise."""
+    code = error.code
+    if code is None or (isinstance(code, int) and code == 0):
+        return
+    if not isinstance(code, int):
+        print(code, file=sys.stderr)
+        code = 1
+    raise Failure("exited", "SystemExit", "exited with status %d" % code)
+
+
+def execute(code, scope):
+    """Runs the guest's code and what Python runs at its exit: threads to join, `atexit`."""
+    try:
+        try:
+            exec(code, scope)
+        except SystemExit as error:
+            end_of(error)
+        if "threading" in sys.modules:
+            sys.modules["threading"]._shutdown()
+        if "atexit" in sys.modules:
+            sys.modules["atexit"]._run_exitfuncs()
+    except Failure:
+        raise
+    except SystemExit as error:
+        end_of(error)
+    except BaseException as error:
+        raise failure_of(error)
+
+
+def outcome_of(source, data, limits):
+    """Runs the code; gives the kind and the bytes that the result pipe carries."""
+    main = type(sys)("__main__")
+    scope = main.__dict__
+    scope["__builtins__"] = sys.modules["builtins"]
+    sys.modules["__main__"] = main
+    try:
+        try:
+            scope.update(unlimited_digits(loads, data) if data else {})
+            SourceOnImport(source).place()
+            _signal.signal(_signal.SIGINT, _signal.default_int_handler)
+            try:
+                code = compile(source, CODE_NAME, "exec", 0, True)
+            except (SyntaxError, ValueError) as error:
+                raise failure_of(error, syntax=True)
+            execute(code, scope)
+            return RESULT, encode_result(scope.get("result"), limits["result"])
+        except Failure:
+            raise
+        except BaseException as error:
+            raise failure_of(error)
+    except Failure as failure:
+        detail = failure.detail
+        for key in ("name", "value", "traceback"):
+            text = detail[key].encode("utf-8", "backslashreplace")
+            if len(text) > limits["error"]:
+                detail["truncated"] = True
+                text = text[: limits["error"]]
+            detail[key] = text.decode("utf-8", "ignore")
+        return ERROR, dumps(detail).encode()
+
+
+def flush():
+    for stream in (sys.stdout, sys.stderr, sys.__stdout__):
+        try:
+            stream.flush()
+        except Exception:
+            pass
+
+
+def feed(stdin):
+    """Gives the run its standard input: a file in memory, so that nobody needs to feed a pipe."""
+    fd = os.memfd_create("stdin")
+    write_all(fd, stdin)
+    os.lseek(fd, 0, os.SEEK_SET)
+    os.dup2(fd, 0)
+    os.close(fd)
+
+
+def narrow(rlimits):
+    """Limits that stand in for a control group, where the engine has none."""
+    if rlimits:
+        import resource
+
+        for name, value in rlimits.items():
+            resource.setrlimit(getattr(resource, "RLIMIT_" + name), (value, value))
+
+
+def run_process(task, out, err, result, limits):
+    """The whole life of a forked interpreter: wait for the task, run it, tell the outcome."""
+    pid = os.getpid()
+    _signal.set_wakeup_fd(-1)
+    _signal.signal(_signal.SIGCHLD, _signal.SIG_DFL)
+    os.setsid()
+    null = os.open(os.devnull, os.O_RDWR)
+    for source, target in ((null, 0), (out, 1), (err, 2)):
+        os.dup2(source, target)
+    low, high = sorted((task, result))
+    for first, last in ((3, low), (low + 1, high), (high + 1, MOST_DESCRIPTORS)):
+        os.closerange(first, last)
+    (length,) = LENGTH.unpack(read_exactly(task, LENGTH.size))
+    source, data, stdin = split(read_exactly(task, length))
+    os.close(task)
+    if stdin:
+        feed(stdin)
+    narrow(limits.get("rlimits"))
+    sys.path.append(WORKSPACE)  # last: a json.py there shadows nothing
+    try:
+        os.chdir(WORKSPACE)
+        kind, payload = outcome_of(source.decode(), data.decode(), limits)
+        _signal.signal(_signal.SIGINT, _signal.SIG_IGN)
+        flush()
+    except KeyboardInterrupt:  # between two of the lines above; the supervisor knows why
+        kind, payload = ERROR, b'{"kind":"raised","name":"KeyboardInterrupt","value":"","traceback":""}'
+    if os.getpid() == pid:  # and not a fork of the guest's that came to the end of the code
+        write_all(result, OUTCOME.pack(kind, len(payload)) + payload)
+
+
+class Interpreter:
+    """An interpreter forked in advance, waiting for its one task."""
+
+    def __init__(self, limits):
+        task, self.task = os.pipe()
+        self.out, out = os.pipe()
+        self.err, err = os.pipe()
+        self.result, result = os.pipe()
+        self.pid = os.fork()
+        if self.pid == 0:
+            try:
+                run_process(task, out, err, result, limits)
+                os._exit(0)
+            finally:
+                os._exit(70)
+        for fd in (task, out, err, result):
+            os.close(fd)
+        for fd in (self.out, self.err, self.result):
+            os.set_blocking(fd, False)
+
+    def give(self, sections):
+        """Hands over the task; False where the interpreter died waiting, and so has not begun it."""
+        payload = join(sections)
+        try:
+            write_all(self.task, LENGTH.pack(len(payload)) + payload)
+            return True
+        except BrokenPipeError:
+            return False
+        finally:
+            os.close(self.task)
+
+    def close(self):
+        for fd in (self.out, self.err, self.result):
+            os.close(fd)
+
+
+# -- the supervisor ----------------------------------------------------------------------------------
+
+
+class Capture:
+    """Reads one of a run's pipes: keeps up to its cap, drops the rest, never stops reading."""
+
+    def __init__(self, fd, cap):
+        self.fd, self.cap, self.parts, self.size, self.cut = fd, cap, [], 0, False
+
+    def read(self):
+        """Reads once, so that a fast writer starves nobody: None where nothing is there, False at the end."""
+        try:
+            data = os.read(self.fd, 1 << 16)
+        except BlockingIOError:
+            return None
+        room = self.cap - self.size
+        if len(data) > room:
+            self.cut = True
+        if data and room:
+            self.parts.append(data[:room])
+            self.size += len(self.parts[-1])
+        return bool(data)
+
+    def bytes(self):
+        return b"".join(self.parts)
+
+
+def first_frame(data, limits):
+    """The outcome that the run's process sent: its kind and payload; None where there is no whole one."""
+    if len(data) < OUTCOME.size:
+        return None
+    kind, length = OUTCOME.unpack_from(data)
+    payload = data[OUTCOME.size : OUTCOME.size + length]
+    whole = len(payload) == length and kind in (RESULT, ERROR)
+    return (kind, payload) if whole else None
+
+
+class Run:
+    """One run, from its task to its last byte."""
+
+    def __init__(self, supervisor, interpreter, nonce, timeout_ms):
+        limits = supervisor.limits
+        self.supervisor, self.interpreter, self.nonce = supervisor, interpreter, nonce
+        self.out = Capture(interpreter.out, limits["stdout"])
+        self.err = Capture(interpreter.err, limits["stderr"])
+        self.result = Capture(interpreter.result, OUTCOME.size + max(limits["result"], 16 * limits["error"]))
+        self.status = self.usage = self.why = None
+        self.grace = limits["grace_ms"] / 1000
+        self.deadline = time.monotonic() + timeout_ms / 1000
+        self.killed = False
+
+    def interrupt(self, why):
+        """Asks first, by SIGINT; `expire` follows with SIGKILL after the grace."""
+        if self.why is None:
+            self.why = why
+            self.deadline = time.monotonic() + self.grace
+            if self.status is None:
+                os.kill(self.interpreter.pid, _signal.SIGINT)
+
+    def expire(self):
+        if self.why is None:
+            self.interrupt("timeout")
+        else:
+            self.killed = True
+            kill_all()
+            self.deadline = time.monotonic() + REAP_S
+
+    def wait(self):
+        """Serves the run's pipes, signals and deadline until its process has ended."""
+        self.supervisor.listen(self)
+        poller = self.supervisor.poller
+        captures = {capture.fd: capture for capture in (self.out, self.err, self.result)}
+        for fd in captures:
+            poller.register(fd, select.POLLIN)
+        try:
+            while self.status is None:
+                left = self.deadline - time.monotonic()
+                if left <= 0:
+                    if self.killed:
+                        os._exit(1)  # it outlives SIGKILL: the sandbox is of no more use
+                    self.expire()
+                    continue
+                for fd, _ in poller.poll(left * 1000 + 1):
+                    if fd in captures:
+                        if captures[fd].read() is False:
+                            poller.unregister(fd)
+                            del captures[fd]
+                    else:
+                        self.supervisor.serve(fd, self)
+        finally:
+            for fd in captures:
+                poller.unregister(fd)
+
+    def drain(self):
+        """What is still in the pipes, now that nobody writes any more: 16 reads empty a full one."""
+        for capture in (self.out, self.err, self.result):
+            for _ in range(16):
+                if not capture.read():
+                    break
+
+
+def kill_all():
+    """Kills every process but this one; False where there was none."""
+    try:
+        os.kill(-1, _signal.SIGKILL)
+        return True
+    except ProcessLookupError:
+        return False
+
+
+class Supervisor:
+    def __init__(self):
+        self.input = Input()
+        self.backlog = []
+        self.limits = None
+        self.interpreter = None
+        self.settled = False
+        self.idle, self.poller = select.poll(), select.poll()
+        self.idle.register(0, select.POLLIN)
+        self.child_ended, wake = os.pipe()
+        for fd in (self.child_ended, wake):
+            os.set_blocking(fd, False)
+        _signal.set_wakeup_fd(wake)
+        _signal.signal(_signal.SIGCHLD, lambda *_: None)
+        _signal.signal(_signal.SIGINT, _signal.SIG_IGN)  # a guest may send it: kill(1, SIGINT)
+        for fd in (0, self.child_ended):
+            self.poller.register(fd, select.POLLIN)
+
+    def serve(self, fd, run):
+        """What may happen beside a run's pipes: a process ended, or the server says something."""
+        if fd == 0:
+            self.input.fill()
+            self.listen(run)
+        else:
+            try:
+                os.read(self.child_ended, 4096)
+            except BlockingIOError:
+                pass
+            self.reap(run)
+
+    def listen(self, run):
+        """Obeys an interrupt of this run; keeps every other frame for later."""
+        while True:
+            frame = self.input.take()
+            if frame is None:
+                return
+            if frame[1] != INTERRUPT:
+                self.backlog.append(frame)
+            elif frame[0] == run.nonce:
+                run.interrupt("cancelled")
+
+    def reap(self, run=None):
+        """Collects the processes that ended; False where none is left."""
+        while True:
+            try:
+                pid, status, usage = os.wait4(-1, os.WNOHANG)
+            except ChildProcessError:
+                return False
+            if pid == 0:
+                return True
+            if run and pid == run.interpreter.pid:
+                run.status, run.usage = status, usage
+
+    def clear(self, within):
+        """Kills and collects until nothing is left; False where that takes longer."""
+        end = time.monotonic() + within
+        while kill_all() or self.reap():
+            if time.monotonic() > end:
+                return False
+            self.reap()
+            time.sleep(0.0005)
+        return True
+
+    def hello(self, nonce, payload):
+        self.limits = loads(split(payload)[0].decode())
+        self.fork_anew()
+        send(nonce, HELLO_ANSWER, dumps(posture()).encode())
+
+    def run(self, nonce, payload):
+        options, *task = split(payload)
+        del payload
+        options = loads(options.decode())
+        interpreter, self.interpreter = self.interpreter, None
+        while not interpreter.give(task):
+            interpreter.close()
+            self.reap()
+            interpreter = Interpreter(self.limits)
+        begun = time.monotonic()
+        run = Run(self, interpreter, nonce, options["timeout_ms"])
+        run.wait()
+        spent = time.monotonic() - begun
+        cleared = self.clear(LINGER_S)
+        run.drain()
+        send(nonce, DONE, *self.answer(run, spent))
+        interpreter.close()
+        if not cleared and not self.clear(REAP_S):
+            os._exit(1)
+        del run, task  # the next interpreter inherits neither this output nor this code
+        self.interpreter = Interpreter(self.limits)
+
+    def answer(self, run, spent):
+        outcome = first_frame(run.result.bytes(), self.limits)
+        lines, cut = listing(WORKSPACE, self.limits["listing_lines"])
+        truncated = [name for name, part in (("stdout", run.out.cut), ("stderr", run.err.cut)) if part]
+        if cut:
+            truncated.append("workspace_files")
+        report = {
+            "exited": os.WEXITSTATUS(run.status) if os.WIFEXITED(run.status) else None,
+            "signal": os.WTERMSIG(run.status) if os.WIFSIGNALED(run.status) else None,
+            "outcome": None if outcome is None else ("result", "error")[outcome[0]],
+            "oversized": run.result.cut,
+            "stopped": run.why,
+            "killed": run.killed,
+            "truncated": truncated,
+            "run_us": int(spent * 1e6),
+            "cpu_us": int((run.usage.ru_utime + run.usage.ru_stime) * 1e6),
+            "page_faults": run.usage.ru_minflt,
+        }
+        encode = lambda value: dumps(value).encode("utf-8", "backslashreplace")
+        payload = outcome[1] if outcome else b""
+        return encode(report), payload, run.out.bytes(), run.err.bytes(), encode(lines)
+
+    def fork_anew(self):
+        """An interpreter that knows what this process knows now; one that waits is ended unused."""
+        if self.interpreter:
+            os.close(self.interpreter.task)
+            self.interpreter.close()
+            self.clear(REAP_S)
+        self.interpreter = Interpreter(self.limits)
+
+    def settle(self):
+        """Loads, while nobody waits, what a run needs only when it fails, and forks anew with it."""
+        self.settled = True
+        warm_errors()
+        freeze()
+        self.fork_anew()
+
+    def next_frame(self):
+        if self.backlog:
+            return self.backlog.pop(0)
+        while True:
+            frame = self.input.take()
+            if frame:
+                return frame
+            if self.interpreter and not self.settled and not self.idle.poll(SETTLE_AFTER_MS):
+                self.settle()
+            self.input.fill()
+
+    def serve_forever(self):
+        while True:
+            self.obey(*self.next_frame())
+
+    def obey(self, nonce, kind, payload):
+        if kind == HELLO:
+            self.hello(nonce, payload)
+        elif kind == RUN:
+            self.run(nonce, payload)
+
+
+# -- what the sandbox looks like from inside ---------------------------------------------------------
+
+
+def posture():
+    """The facts that the server compares with what it asked the engine for."""
+    facts = {"python": "%d.%d.%d" % sys.version_info[:3], "pid": os.getpid()}
+    facts.update(uid=os.getuid(), gid=os.getgid(), groups=os.getgroups())
+    try:
+        with open("/proc/self/status", "rb", 0) as file:
+            lines = dict(line.split(b":\t", 1) for line in file.read().split(b"\n") if b":\t" in line)
+    except OSError:  # gVisor has none
+        return facts
+    for name in ("NoNewPrivs", "Seccomp", "CapEff", "CapPrm", "CapBnd"):
+        if name.encode() in lines:
+            facts[name] = lines[name.encode()].strip().decode()
+    return facts
+
+
+# -- the workspace as `ls -lR` prints it -------------------------------------------------------------
+
+
+def names_of(path):
+    """Numeric ids to names, by the file alone: NSS would load libraries."""
+    names = {}
+    try:
+        with open(path, errors="replace") as file:
+            for line in file:
+                parts = line.split(":")
+                if len(parts) > 2 and parts[2].isdigit():
+                    names.setdefault(int(parts[2]), parts[0])
+    except OSError:
+        pass
+    return names
+
+
+ESCAPES = {"\\": "\\\\", "\n": "\\n", "\t": "\\t", "\r": "\\r"}
+
+
+def escape(name):
+    """As `ls --escape`, but for spaces: one file is one line, whatever its name holds."""
+    if name.isascii() and name.isprintable() and "\\" not in name:
+        return name
+    parts = []
+    for char in name:
+        if char in ESCAPES:
+            parts.append(ESCAPES[char])
+        elif char.isprintable():
+            parts.append(char)
+        else:
+            parts.extend("\\%03o" % byte for byte in os.fsencode(char))
+    return "".join(parts)
+
+
+def when(seconds, now):
+    recent = now - 15778476 < seconds <= now + 60  # half a Gregorian year, as GNU ls has it
+    try:
+        return time.strftime("%b %e %H:%M" if recent else "%b %e  %Y", time.localtime(seconds))
+    except (OverflowError, ValueError, OSError):
+        return str(int(seconds))
+
+
+def describe(entry, status, now):
+    name = escape(entry.name)
+    if entry.is_symlink():
+        try:
+            name += " -> " + escape(os.readlink(entry.path))
+        except OSError:
+            pass
+    owner = USERS.get(status.st_uid, str(status.st_uid))
+    group = GROUPS.get(status.st_gid, str(status.st_gid))
+    mode = _stat.filemode(status.st_mode)
+    return mode, str(status.st_nlink), owner, group, str(status.st_size), when(status.st_mtime, now), name
+
+
+def directory(path, now):
+    """The lines of one directory and its subdirectories' names."""
+    with os.scandir(path) as entries:
+        entries = sorted((e for e in entries if not e.name.startswith(".")), key=lambda e: os.fsencode(e.name))
+    rows, below, blocks = [], [], 0
+    for entry in entries:
+        try:
+            status = entry.stat(follow_symlinks=False)
+        except OSError:
+            continue
+        blocks += status.st_blocks
+        rows.append(describe(entry, status, now))
+        if _stat.S_ISDIR(status.st_mode):
+            below.append(entry.name)
+    lines = ["total %d" % ((blocks + 1) // 2)]
+    if rows:
+        links, owner, group, size = (max(len(row[column]) for row in rows) for column in (1, 2, 3, 4))
+        for row in rows:
+            lines.append(
+                "%s %*s %-*s %-*s %*s %s %s"
+                % (row[0], links, row[1], owner, row[2], group, row[3], size, row[4], row[5], row[6])
+            )
+    return lines, below
+
+
+def listing(root, most):
+    """The lines of `ls -lR` but the first, and whether they were cut at `most` or LISTING_BYTES."""
+    lines, size, now, pending = [], 0, time.time(), ["."]
+    while pending:
+        relative = pending.pop()
+        try:
+            here, below = directory(root + relative[1:], now)
+        except OSError:  # no permission, or deeper than a path may be
+            continue
+        if relative != ".":
+            here[:0] = ["", escape(relative) + ":"]
+        for line in here:
+            size += len(line)
+            if len(lines) == most or size > LISTING_BYTES:
+                return lines, True
+            lines.append(line)
+        pending.extend(relative + "/" + name for name in reversed(below))
+    return lines, False
+
+
+# -- start -------------------------------------------------------------------------------------------
+
+
+def add_packages():
+    """The image's packages, as `site` would add them; no .pth file is read, no customisation run."""
+    import site
+
+    site.ENABLE_USER_SITE = False
+    sys.path.extend(path for path in site.getsitepackages() if os.path.isdir(path))
+    site.setquit()
+    site.setcopyright()
+    site.sethelper()
+
+
+def warm_up():
+    """One run of nothing, so that its page faults happen here once and not in every interpreter."""
+    exec(compile("result = x + 1\nfor _ in range(3): f'{_}'", CODE_NAME, "exec"), {"x": 1})
+    encode_result(loads('{"a": [1, 2.5, "x"]}'), 1 << 20)
+    listing(WORKSPACE, 10)
+    sys.stdout.reconfigure(line_buffering=True)  # what was printed before a kill must not be lost
+
+
+def warm_errors():
+    import traceback
+
+    try:
+        exec(compile("missing", CODE_NAME, "exec"), {})
+    except NameError as error:
+        format_error(error)
+
+
+def freeze():
+    gc.collect()
+    gc.freeze()  # what lives now is never collected: no write, no copied page in the children
+
+
+def main():
+    if os.getpid() != 1:
+        sys.exit("the supervisor kills every process that it can see: it runs as PID 1 of a sandbox only")
+    sys.dont_write_bytecode = True
+    os.umask(0o022)
+    supervisor = Supervisor()
+    add_packages()
+    warm_up()
+    freeze()
+    supervisor.serve_forever()
+
+
+USERS, GROUPS = names_of("/etc/passwd"), names_of("/etc/group")
+main()
