@@ -60,6 +60,17 @@ pub enum Driver {
     Podman,
 }
 
+impl Driver {
+    /// As in the configuration.
+    pub fn name(self) -> &'static str {
+        match self {
+            Driver::Embedded => "embedded",
+            Driver::Docker => "docker",
+            Driver::Podman => "podman",
+        }
+    }
+}
+
 /// When an image is fetched.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "lowercase")]

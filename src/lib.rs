@@ -6,7 +6,7 @@
 //! 7  main, cli, config        the only readers of arguments, files and environment
 //! 6  server                   HTTP in, JSON out; knows no engine
 //! 5  session, reaper          who holds which sandbox, until when
-//! 4  pool                     how many exist, which are warm
+//! 4  pool, probe              how many exist, which are warm; what this host gives
 //! 3  supervisor               the conversation with one sandbox; deadlines and caps
 //! 2  runtime::{embedded, fake}    the engines; they know floor 1 only, never each other
 //! 1  runtime                  the trait, its contract, the spec, the errors
@@ -16,11 +16,13 @@
 //! A request comes in at `server::route`, is parsed by `server::body`, waits its turn in `session`, gets a
 //! sandbox from `pool` and talks to its PID 1, `supervisor/supervisor.py`, through `supervisor`.
 
+pub mod cli;
 pub mod config;
 pub mod metrics;
 pub mod pool;
+pub mod probe;
 pub mod reaper;
 pub mod runtime;
+pub mod server;
 pub mod session;
 pub mod supervisor;
-pub mod server;

@@ -1,0 +1,219 @@
+//! Floor 7: the command line. Reads arguments, builds the floors, and says what a person needs to know.
+
+mod doctor;
+mod run;
+mod serve;
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::sync::Arc;
+
+use clap::{Args, Parser, Subcommand};
+
+use crate::config::{Config, Driver, Layers};
+use crate::runtime::embedded::{self, Embedded};
+use crate::runtime::{Limit, SandboxSpec, SharedRuntime};
+use crate::server::auth::Key;
+use crate::supervisor::{self, Caps};
+use crate::{pool, session};
+
+/// Runs untrusted Python, safely and fast, behind HTTP.
+///
+/// Without a command it serves: POST /run takes {"user_id", "code", "data"} and gives back the value of the
+/// variable `result` and the workspace's files.
+#[derive(Debug, Parser)]
+#[command(name = "codesandbox", version, after_help = "Every setting: codesandbox config. What this host gives: codesandbox doctor.")]
+struct Cli {
+    #[command(flatten)]
+    options: Options,
+    #[command(subcommand)]
+    command: Option<Command>,
+}
+
+#[derive(Debug, Args)]
+struct Options {
+    /// The configuration file [default: /etc/codesandbox/codesandbox.toml where it exists]
+    #[arg(long, global = true, value_name = "FILE", env = "CODESANDBOX_CONFIG_FILE")]
+    config: Option<PathBuf>,
+    /// Where to serve HTTP, e.g. 127.0.0.1:5000
+    #[arg(long, global = true, value_name = "ADDRESS")]
+    listen: Option<SocketAddr>,
+    /// What makes sandboxes
+    #[arg(long, global = true, value_enum)]
+    driver: Option<Driver>,
+    /// Whose sandboxes are ours on a shared engine
+    #[arg(long, global = true, value_name = "NAME")]
+    instance: Option<String>,
+    /// Limits that may be missing where this host cannot enforce them
+    #[arg(long, global = true, value_enum, value_delimiter = ',', value_name = "LIMITS")]
+    allow_unenforced: Vec<Limit>,
+    /// Any other key, e.g. --set limits.memory=1GiB; may be repeated
+    #[arg(long, global = true, value_name = "KEY=VALUE")]
+    set: Vec<String>,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Serve HTTP (what happens without a command)
+    Serve,
+    /// Run one program in a sandbox, without a server
+    Run(run::Arguments),
+    /// Tell layer by layer what this host gives, and what to do about the rest
+    Doctor,
+    /// Print the effective configuration, and where each value came from
+    Config,
+    /// Make API keys
+    #[command(subcommand)]
+    Key(KeyCommand),
+}
+
+#[derive(Debug, Subcommand)]
+enum KeyCommand {
+    /// Print a new key and its line for auth.keys_file
+    New {
+        /// Whose key it is: two tenants' users never share a session
+        #[arg(long)]
+        tenant: String,
+    },
+}
+
+/// Why the program ends with an error; printed as it is.
+type Failure = Box<dyn std::error::Error + Send + Sync>;
+
+/// Runs the program.
+pub fn main() -> ExitCode {
+    let Cli { options, command } = Cli::parse();
+    match dispatch(&options, command.unwrap_or(Command::Serve)) {
+        Ok(code) => code,
+        Err(failure) => {
+            eprintln!("codesandbox: {failure}");
+            ExitCode::from(2)
+        }
+    }
+}
+
+fn dispatch(options: &Options, command: Command) -> Result<ExitCode, Failure> {
+    if let Command::Key(KeyCommand::New { tenant }) = &command {
+        return new_key(tenant);
+    }
+    let layers = Layers::new(options.config.as_deref(), &options.flags()?)?;
+    let config = layers.read()?;
+    if let Command::Config = command {
+        print!("{}", layers.describe()?);
+        return Ok(ExitCode::SUCCESS);
+    }
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
+    runtime.block_on(async {
+        match command {
+            Command::Serve => serve::serve(config).await,
+            Command::Run(arguments) => run::run(config, arguments).await,
+            Command::Doctor => doctor::doctor(config).await,
+            Command::Config | Command::Key(_) => unreachable!("answered above"),
+        }
+    })
+}
+
+fn new_key(tenant: &str) -> Result<ExitCode, Failure> {
+    if tenant.is_empty() || tenant.contains([':', '\n', '\r', '#']) || tenant.trim() != tenant {
+        return Err("--tenant must be a name without \":\", \"#\" and line breaks".into());
+    }
+    let (key, line) = Key::generate(tenant);
+    println!("key (shown only now): {key}");
+    println!("line for auth.keys_file: {line}");
+    Ok(ExitCode::SUCCESS)
+}
+
+impl Options {
+    /// As dotted keys, the way `Layers` takes them.
+    fn flags(&self) -> Result<Vec<(String, String)>, Failure> {
+        let quoted = |text: &dyn std::fmt::Display| format!("\"{text}\"");
+        let mut flags = Vec::new();
+        for setting in &self.set {
+            let (key, value) = setting.split_once('=').ok_or_else(|| format!("--set {setting}: expected KEY=VALUE"))?;
+            flags.push((key.trim().to_owned(), value.trim().to_owned()));
+        }
+        if let Some(listen) = &self.listen {
+            flags.push(("listen".into(), quoted(listen)));
+        }
+        if let Some(driver) = self.driver {
+            flags.push(("driver".into(), quoted(&driver.name())));
+        }
+        if let Some(instance) = &self.instance {
+            flags.push(("instance".into(), quoted(instance)));
+        }
+        if !self.allow_unenforced.is_empty() {
+            let names: Vec<_> = self.allow_unenforced.iter().map(|limit| quoted(limit)).collect();
+            flags.push(("allow_unenforced".into(), format!("[{}]", names.join(","))));
+        }
+        Ok(flags)
+    }
+}
+
+/// The driver that the configuration names.
+async fn start_runtime(config: &Config) -> Result<SharedRuntime, Failure> {
+    match config.driver {
+        Driver::Embedded => {
+            let given = |path: &PathBuf| (!path.as_os_str().is_empty()).then(|| path.clone());
+            let settings = embedded::Settings {
+                rootfs: given(&config.embedded.rootfs).filter(|path| path.as_os_str() != "host"),
+                python: given(&config.embedded.python),
+                launcher: "/proc/self/exe".into(),
+                instance: config.instance.clone(),
+            };
+            Ok(Arc::new(Embedded::start(settings, supervisor::SOURCE).await?))
+        }
+        Driver::Docker | Driver::Podman => {
+            Err(format!("driver = \"{}\" is not there yet; use \"embedded\"", config.driver.name()).into())
+        }
+    }
+}
+
+fn spec(config: &Config) -> SandboxSpec {
+    let limits = &config.limits;
+    SandboxSpec {
+        memory_bytes: limits.memory.0,
+        processes: limits.processes,
+        cpus: limits.cpus,
+        open_files: limits.open_files,
+        workspace_bytes: limits.workspace.0,
+        tmp_bytes: limits.tmp.0,
+        shm_bytes: limits.shm.0,
+        inodes: limits.inodes,
+    }
+}
+
+/// `unenforced` are the limits without a control group, for which rlimits stand in.
+fn caps(config: &Config, unenforced: &[Limit]) -> Caps {
+    let limits = &config.limits;
+    let memory = unenforced.contains(&Limit::Memory).then_some(("AS", limits.memory.0));
+    Caps {
+        stdout: limits.stdout.0,
+        stderr: limits.stderr.0,
+        result: limits.result.0,
+        error: limits.error.0,
+        listing_lines: limits.listing,
+        grace_ms: (limits.grace.as_millis() / 2) as u64,
+        rlimits: memory.into_iter().collect(),
+    }
+}
+
+fn pool_settings(config: &Config, caps: Caps) -> pool::Settings {
+    pool::Settings {
+        size: config.pool.size,
+        starting_max: config.pool.starting_max,
+        capacity: config.session.max + config.pool.size,
+        create_timeout: config.limits.create_timeout,
+        spec: spec(config),
+        caps,
+    }
+}
+
+fn session_settings(config: &Config) -> session::Settings {
+    session::Settings {
+        idle_timeout: config.session.idle_timeout,
+        lifetime_max: config.session.lifetime_max,
+        max: config.session.max,
+        queue: config.session.queue,
+    }
+}

@@ -1,0 +1,37 @@
+//! `codesandbox doctor`: what this host gives, layer by layer.
+
+use std::process::ExitCode;
+
+use super::{Failure, caps, spec, start_runtime};
+use crate::config::Config;
+use crate::probe::probe;
+use crate::runtime::LayerState;
+
+/// Exit status 1 where a server would not start with this configuration.
+pub(super) async fn doctor(config: Config) -> Result<ExitCode, Failure> {
+    println!("driver: {}", config.driver.name());
+    let runtime = start_runtime(&config).await?;
+    let findings = probe(&runtime, &spec(&config), &caps(&config, &[]), config.limits.create_timeout).await?;
+    let engine = &findings.engine;
+    println!("engine: version {}, {}", engine.version, if engine.rootless { "rootless" } else { "as root" });
+    println!("image: {}, Python {}", engine.image, findings.python);
+    println!("first sandbox: said hello after {:.1?}\n", findings.first_hello);
+    for layer in &engine.layers {
+        let state = match layer.state {
+            LayerState::On => "on",
+            LayerState::Off => "off",
+            LayerState::Unenforced => "UNENFORCED",
+        };
+        println!("{:<18} {state:<11} {}", layer.name, layer.by);
+        if let Some(remedy) = &layer.remedy {
+            println!("{:30} what helps: {remedy}", "");
+        }
+    }
+    let missing: Vec<_> = findings.missing(&config.allow_unenforced).map(|layer| layer.name).collect();
+    if missing.is_empty() {
+        println!("\nA server starts with this configuration.");
+        return Ok(ExitCode::SUCCESS);
+    }
+    println!("\nA server does not start with this configuration: missing {}.", missing.join(", "));
+    Ok(ExitCode::from(1))
+}

@@ -1,0 +1,71 @@
+//! `codesandbox run`: one program in a sandbox, without a server.
+
+use std::io::{Read, Write};
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::time::Duration;
+
+use super::serve::prove;
+use super::{Failure, caps, pool_settings, session_settings, start_runtime};
+use crate::config::Config;
+use crate::metrics::Metrics;
+use crate::pool::Pool;
+use crate::session::{Owner, Sessions};
+use crate::supervisor::Run;
+
+#[derive(Debug, clap::Args)]
+pub(super) struct Arguments {
+    /// The program; - reads it from standard input
+    file: PathBuf,
+    /// Variables for it, as a JSON object
+    #[arg(long, value_name = "JSON", default_value = "{}")]
+    data: String,
+    /// The most wall time it may take, e.g. 10s [default: limits.timeout]
+    #[arg(long, value_name = "TIME", value_parser = humantime::parse_duration)]
+    timeout: Option<Duration>,
+}
+
+/// Prints stdout and stderr where they belong, then the result as JSON where there is one. Exit status 1
+/// where the program failed.
+pub(super) async fn run(config: Config, arguments: Arguments) -> Result<ExitCode, Failure> {
+    let Arguments { file, data, timeout } = arguments;
+    let code = read(&file)?;
+    let names = serde_json::from_str::<serde_json::Map<String, serde_json::Value>>(&data);
+    names.map_err(|error| format!("--data must be a JSON object: {error}"))?;
+    let runtime = start_runtime(&config).await?;
+    let (_, unenforced) = prove(&runtime, &config).await?;
+    let metrics = Arc::new(Metrics::new());
+    let settings = crate::pool::Settings { size: 0, ..pool_settings(&config, caps(&config, &unenforced)) };
+    let pool = Pool::new(runtime, settings, metrics.clone());
+    let sessions = Sessions::new(pool, session_settings(&config), metrics);
+    let run = Run { code: &code, data: &data, stdin: "", timeout: timeout.unwrap_or(config.limits.timeout) };
+    let done = sessions.run(Owner { tenant: "", user_id: "run" }, &run).await;
+    sessions.drain(tokio::time::Instant::now() + config.limits.grace).await;
+    let done = done?;
+    std::io::stdout().write_all(done.stdout.as_bytes())?;
+    std::io::stderr().write_all(done.stderr.as_bytes())?;
+    for field in &done.truncated {
+        eprintln!("codesandbox: {} was cut at its cap", field.as_str());
+    }
+    match &done.outcome {
+        Ok(value) if value.get() == "null" => Ok(ExitCode::SUCCESS),
+        Ok(value) => {
+            println!("{}", value.get());
+            Ok(ExitCode::SUCCESS)
+        }
+        Err(detail) => {
+            eprintln!("{}", detail.message());
+            Ok(ExitCode::from(1))
+        }
+    }
+}
+
+fn read(file: &PathBuf) -> Result<String, Failure> {
+    if file.as_os_str() == "-" {
+        let mut code = String::new();
+        std::io::stdin().read_to_string(&mut code)?;
+        return Ok(code);
+    }
+    std::fs::read_to_string(file).map_err(|error| format!("{}: {error}", file.display()).into())
+}

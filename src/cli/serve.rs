@@ -1,0 +1,134 @@
+//! `codesandbox serve`.
+
+use std::process::ExitCode;
+use std::sync::Arc;
+
+use serde_json::json;
+use tokio::signal::unix::{SignalKind, signal};
+
+use super::{Failure, caps, pool_settings, session_settings, spec, start_runtime};
+use crate::config::{AuthMode, Config, LogFormat};
+use crate::metrics::Metrics;
+use crate::pool::Pool;
+use crate::probe::{Findings, probe};
+use crate::reaper::reap;
+use crate::runtime::{LayerState, Limit, SharedRuntime};
+use crate::server::auth::Auth;
+use crate::server::{Server, Settings, State};
+use crate::session::Sessions;
+
+pub(super) async fn serve(config: Config) -> Result<ExitCode, Failure> {
+    log_to_stderr(&config)?;
+    let auth = match config.auth.mode {
+        AuthMode::None => Auth::Open,
+        AuthMode::Keys => Auth::from_file(&config.auth.keys_file)?,
+    };
+    // Before anything else, so that a stop is obeyed from the first moment on.
+    let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
+    let runtime = start_runtime(&config).await?;
+    let (findings, unenforced) = prove(&runtime, &config).await?;
+    let metrics = Arc::new(Metrics::new());
+    let pool = Pool::new(runtime, pool_settings(&config, caps(&config, &unenforced)), metrics.clone());
+    let sessions = Sessions::new(pool, session_settings(&config), metrics.clone());
+    let settings = server_settings(&config, &findings);
+    let server = Server::bind(config.listen, State { settings, sessions: sessions.clone(), auth, metrics })
+        .await
+        .map_err(|error| format!("cannot listen on {}: {error} (configuration key listen, or --listen)", config.listen))?;
+    tracing::info!(
+        "listening on http://{}, driver {}, Python {}",
+        server.address()?,
+        config.driver.name(),
+        findings.python
+    );
+    let reaper = tokio::spawn(reap(sessions));
+    let stop = async move {
+        tokio::select! {
+            _ = terminate.recv() => {}
+            _ = interrupt.recv() => {}
+        }
+        tracing::info!("stopping: runs may take {:?} to end", config.server.shutdown_timeout);
+    };
+    server.serve(stop, config.server.shutdown_timeout).await;
+    reaper.abort();
+    tracing::info!("stopped");
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Fails where a protection is missing that nobody allowed to be; warns of those that somebody did.
+pub(super) async fn prove(runtime: &SharedRuntime, config: &Config) -> Result<(Findings, Vec<Limit>), Failure> {
+    let findings = probe(runtime, &spec(config), &caps(config, &[]), config.limits.create_timeout).await?;
+    let missing: Vec<_> = findings.missing(&config.allow_unenforced).collect();
+    if !missing.is_empty() {
+        let mut text = String::from("this host does not give every protection that was asked for:");
+        for layer in missing {
+            let remedy = layer.remedy.as_deref().unwrap_or("see `codesandbox doctor`");
+            text += &format!("\n  {}: {}\n    what helps: {remedy}", layer.name, layer.by);
+        }
+        return Err(text.into());
+    }
+    let lacking = findings.engine.layers.iter().filter(|layer| layer.state == LayerState::Unenforced);
+    let mut unenforced = Vec::new();
+    for layer in lacking {
+        tracing::warn!(layer = layer.name, by = layer.by, "not enforced on this host, as allow_unenforced allows");
+        unenforced.extend(layer.limit);
+    }
+    Ok((findings, unenforced))
+}
+
+fn server_settings(config: &Config, findings: &Findings) -> Settings {
+    Settings {
+        connections: config.server.connections,
+        header_timeout: config.server.header_timeout,
+        body_timeout: config.server.body_timeout,
+        body_bytes: config.limits.body.0 as usize,
+        code_bytes: config.limits.code.0 as usize,
+        timeout: config.limits.timeout,
+        timeout_max: config.limits.timeout_max,
+        capabilities: capabilities(config, findings).to_string().into(),
+    }
+}
+
+/// What this server is and really enforces.
+fn capabilities(config: &Config, findings: &Findings) -> serde_json::Value {
+    let limits = &config.limits;
+    json!({
+        "name": "codesandbox",
+        "version": env!("CARGO_PKG_VERSION"),
+        "driver": config.driver.name(),
+        "engine_version": findings.engine.version,
+        "rootless": findings.engine.rootless,
+        "image": findings.engine.image,
+        "python": findings.python,
+        "modes": ["fresh"],
+        "limits": {
+            "timeout_ms": limits.timeout.as_millis() as u64,
+            "timeout_max_ms": limits.timeout_max.as_millis() as u64,
+            "memory_bytes": limits.memory.0,
+            "processes": limits.processes,
+            "cpus": limits.cpus,
+            "workspace_bytes": limits.workspace.0,
+            "body_bytes": limits.body.0,
+            "code_bytes": limits.code.0,
+            "result_bytes": limits.result.0,
+            "stdout_bytes": limits.stdout.0,
+            "stderr_bytes": limits.stderr.0,
+            "session_idle_timeout_ms": config.session.idle_timeout.as_millis() as u64,
+            "session_queue": config.session.queue,
+        },
+        "layers": findings.engine.layers,
+    })
+}
+
+fn log_to_stderr(config: &Config) -> Result<(), Failure> {
+    let filter = tracing_subscriber::EnvFilter::try_new(&config.log)
+        .map_err(|error| format!("configuration key log: {error}"))?;
+    let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    match config.log_format {
+        LogFormat::Text => {
+            let colours = std::io::IsTerminal::is_terminal(&std::io::stderr());
+            builder.with_ansi(colours).with_target(false).init();
+        }
+        LogFormat::Json => builder.json().init(),
+    }
+    Ok(())
+}
