@@ -23,7 +23,11 @@ use crate::{pool, session};
 /// Without a command it serves: POST /run takes {"user_id", "code", "data"} and gives back the value of the
 /// variable `result` and the workspace's files.
 #[derive(Debug, Parser)]
-#[command(name = "codesandbox", version, after_help = "Every setting: codesandbox config. What this host gives: codesandbox doctor.")]
+#[command(
+    name = "codesandbox",
+    version,
+    after_help = "Every setting: codesandbox config. What this host gives: codesandbox doctor."
+)]
 struct Cli {
     #[command(flatten)]
     options: Options,
@@ -130,7 +134,8 @@ impl Options {
         let quoted = |text: &dyn std::fmt::Display| format!("\"{text}\"");
         let mut flags = Vec::new();
         for setting in &self.set {
-            let (key, value) = setting.split_once('=').ok_or_else(|| format!("--set {setting}: expected KEY=VALUE"))?;
+            let (key, value) =
+                setting.split_once('=').ok_or_else(|| format!("--set {setting}: expected KEY=VALUE"))?;
             flags.push((key.trim().to_owned(), value.trim().to_owned()));
         }
         if let Some(listen) = &self.listen {

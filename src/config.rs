@@ -234,7 +234,8 @@ impl Layers {
     pub fn describe(&self) -> Result<String, Error> {
         let all: Dict = self.0.extract().map_err(|errors| self.explain(errors))?;
         let mut text = String::new();
-        let (tables, plain): (Vec<_>, Vec<_>) = all.iter().partition(|(_, value)| matches!(value, Value::Dict(..)));
+        let (tables, plain): (Vec<_>, Vec<_>) =
+            all.iter().partition(|(_, value)| matches!(value, Value::Dict(..)));
         for (key, value) in plain {
             self.describe_key(&mut text, key, key, value);
         }
@@ -326,34 +327,56 @@ impl Layers {
         ] {
             need(size >= ByteSize::kib(1) && size <= ByteSize::gib(1), key, "must be from 1KiB to 1GiB")?;
         }
-        let sound_name = |name: &str| name.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"-_".contains(&byte));
+        let sound_name =
+            |name: &str| name.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"-_".contains(&byte));
         need(
             (1..=64).contains(&instance.len()) && sound_name(instance),
             "instance",
             "must be 1 to 64 letters, digits, \"-\" and \"_\"",
         )?;
-        need(limits.timeout <= limits.timeout_max, "limits.timeout", "must not be longer than limits.timeout_max")?;
-        need(limits.memory >= LEAST_MEMORY, "limits.memory", "must be at least 32MiB: the supervisor needs it")?;
+        need(
+            limits.timeout <= limits.timeout_max,
+            "limits.timeout",
+            "must not be longer than limits.timeout_max",
+        )?;
+        need(
+            limits.memory >= LEAST_MEMORY,
+            "limits.memory",
+            "must be at least 32MiB: the supervisor needs it",
+        )?;
         let files = limits.workspace.0 + limits.tmp.0 + limits.shm.0;
         need(
             files < limits.memory.0,
             "limits.memory",
             "must be more than limits.workspace, limits.tmp and limits.shm together, which are in memory",
         )?;
-        for (key, size) in [("limits.workspace", limits.workspace), ("limits.tmp", limits.tmp), ("limits.shm", limits.shm)]
+        for (key, size) in
+            [("limits.workspace", limits.workspace), ("limits.tmp", limits.tmp), ("limits.shm", limits.shm)]
         {
             need(size >= ByteSize::kib(64), key, "must be at least 64KiB")?;
         }
-        need(limits.processes >= LEAST_PROCESSES, "limits.processes", "must be at least 3: two are the supervisor's")?;
+        need(
+            limits.processes >= LEAST_PROCESSES,
+            "limits.processes",
+            "must be at least 3: two are the supervisor's",
+        )?;
         need((0.01..=4096.0).contains(&limits.cpus), "limits.cpus", "must be from 0.01 to 4096")?;
-        need((64..=1_000_000).contains(&limits.open_files), "limits.open_files", "must be from 64 to 1000000")?;
+        need(
+            (64..=1_000_000).contains(&limits.open_files),
+            "limits.open_files",
+            "must be from 64 to 1000000",
+        )?;
         need((64..=10_000_000).contains(&limits.inodes), "limits.inodes", "must be from 64 to 10000000")?;
         need((1..=100_000).contains(&limits.listing), "limits.listing", "must be from 1 to 100000")?;
         need(limits.code <= limits.body, "limits.code", "must not be more than limits.body")?;
         need(pool.size <= session.max, "pool.size", "must not be more than session.max")?;
         need(session.queue <= 100_000, "session.queue", "must be at most 100000")?;
         let keys = auth.mode == AuthMode::Keys;
-        need(!keys || !auth.keys_file.as_os_str().is_empty(), "auth.keys_file", "must name a file where auth.mode is \"keys\"")?;
+        need(
+            !keys || !auth.keys_file.as_os_str().is_empty(),
+            "auth.keys_file",
+            "must name a file where auth.mode is \"keys\"",
+        )?;
         let aloud = self.place("auth.mode") != "default";
         need(
             config.listen.ip().is_loopback() || keys || aloud,
@@ -449,7 +472,10 @@ mod tests {
         let shown = layers.describe().unwrap();
         let line = shown.lines().find(|line| line.starts_with("memory = ")).unwrap();
         assert!(line.contains("1GiB") && line.contains("my.toml"), "{line}");
-        assert!(shown.lines().any(|line| line.starts_with("listen") && line.ends_with("# default")), "{shown}");
+        assert!(
+            shown.lines().any(|line| line.starts_with("listen") && line.ends_with("# default")),
+            "{shown}"
+        );
         std::fs::write(&file, "[limits]\nmemroy = \"1GiB\"\n").unwrap();
         let message = Layers::new(Some(&file), &[]).unwrap().read().unwrap_err().to_string();
         assert!(message.contains("memroy") && message.contains("my.toml"), "{message}");

@@ -64,12 +64,21 @@ impl Metrics {
             refused: make.counters("refused_total", "Requests refused, by the code of the error.", "code"),
             connections: make.gauge("http_connections", "HTTP connections that are open."),
             sandboxes: make.gauges("sandboxes", "Sandboxes by state.", "state"),
-            claims: make.counters("claims_total", "Claims of a sandbox: from the pool (hit) or made (miss).", "how"),
-            create_seconds: make.histogram("create_seconds", "Seconds from create to the supervisor's hello."),
+            claims: make.counters(
+                "claims_total",
+                "Claims of a sandbox: from the pool (hit) or made (miss).",
+                "how",
+            ),
+            create_seconds: make
+                .histogram("create_seconds", "Seconds from create to the supervisor's hello."),
             engine_errors: make.counters("engine_errors_total", "Failed calls to the engine.", "operation"),
             sessions: make.gauge("sessions", "Sessions that exist."),
             sessions_ended: make.counters("sessions_ended_total", "Sessions ended, by reason.", "reason"),
-            lost: make.counters("sandboxes_lost_total", "Sandboxes lost with their files, by reason.", "reason"),
+            lost: make.counters(
+                "sandboxes_lost_total",
+                "Sandboxes lost with their files, by reason.",
+                "reason",
+            ),
             ready: make.float("ready", "1 while new runs are taken."),
             registry: registry.clone(),
         };
@@ -145,4 +154,3 @@ impl Drop for Counted {
         self.0.dec();
     }
 }
-

@@ -285,7 +285,12 @@ async fn remove(runtime: SharedRuntime, held: Held, metrics: Arc<Metrics>) {
     remove_by_id(runtime, id, permit, metrics).await;
 }
 
-async fn remove_by_id(runtime: SharedRuntime, id: SandboxId, permit: OwnedSemaphorePermit, metrics: Arc<Metrics>) {
+async fn remove_by_id(
+    runtime: SharedRuntime,
+    id: SandboxId,
+    permit: OwnedSemaphorePermit,
+    metrics: Arc<Metrics>,
+) {
     let _counted = Counted::new(metrics.sandboxes.with_label_values(&["removing"]));
     let mut pause = RETRY.0;
     loop {

@@ -77,7 +77,8 @@ impl Findings {
     /// The layers that are missing and that nobody allowed to be.
     pub fn missing<'a>(&'a self, allowed: &'a [Limit]) -> impl Iterator<Item = &'a Layer> {
         self.engine.layers.iter().filter(move |layer| {
-            layer.state == LayerState::Unenforced && !layer.limit.is_some_and(|limit| allowed.contains(&limit))
+            layer.state == LayerState::Unenforced
+                && !layer.limit.is_some_and(|limit| allowed.contains(&limit))
         })
     }
 }

@@ -209,7 +209,8 @@ impl Sessions {
         let now = Instant::now();
         let idle = if running { Duration::ZERO } else { now - glance.last_end };
         let settings = &self.0.settings;
-        let expires = (settings.idle_timeout.saturating_sub(idle)).min((*since + settings.lifetime_max) - now);
+        let expires =
+            (settings.idle_timeout.saturating_sub(idle)).min((*since + settings.lifetime_max) - now);
         Some(Description {
             state: if running { "running" } else { "idle" },
             created_at: *created_at,
@@ -267,7 +268,8 @@ impl Sessions {
     /// Closes what has expired; gives the moment of the next expiry.
     pub(crate) fn expire(&self) -> Instant {
         let now = Instant::now();
-        let mut next = now + LONGEST_SLEEP.min(self.0.settings.idle_timeout).min(self.0.settings.lifetime_max);
+        let mut next =
+            now + LONGEST_SLEEP.min(self.0.settings.idle_timeout).min(self.0.settings.lifetime_max);
         let sessions: Vec<_> = self.0.table().values().cloned().collect();
         for session in sessions {
             let Ok(seat) = session.seat.clone().try_lock_owned() else { continue }; // a run is in it
@@ -329,7 +331,9 @@ impl Sessions {
         let outcome = done.outcome.as_ref().err().map_or("ok", |detail| detail.kind.as_str());
         metrics.runs.with_label_values(&[outcome]).inc();
         let Timing { queue, claim, run } = done.timing;
-        for (phase, time) in [("queue", queue), ("claim", claim), ("run", run), ("total", queue + claim + run)] {
+        for (phase, time) in
+            [("queue", queue), ("claim", claim), ("run", run), ("total", queue + claim + run)]
+        {
             metrics.run_seconds.with_label_values(&[phase]).observe(time.as_secs_f64());
         }
         for field in &done.truncated {
@@ -441,7 +445,8 @@ impl Turn {
     }
 
     async fn conclude(&mut self, report: Report, timing: Timing) -> Done {
-        let Report { outcome, stdout, stderr, workspace_files, truncated, wall: _, cpu: _, page_faults: _ } = report;
+        let Report { outcome, stdout, stderr, workspace_files, truncated, wall: _, cpu: _, page_faults: _ } =
+            report;
         let outcome = match outcome {
             Outcome::Result(value) => Ok(value),
             Outcome::Failed(detail) => Err(detail),
@@ -458,7 +463,9 @@ impl Turn {
             return out_of_memory;
         };
         match runtime.fate(&id).await {
-            Ok(Fate::Running { out_of_memory_kills: Some(kills) }) if kills <= self.seat().out_of_memory_kills => {
+            Ok(Fate::Running { out_of_memory_kills: Some(kills) })
+                if kills <= self.seat().out_of_memory_kills =>
+            {
                 ErrorDetail::new(ErrorKind::Crashed, "SIGKILL", "killed by signal 9")
             }
             Ok(Fate::Running { out_of_memory_kills: Some(kills) }) => {
@@ -526,9 +533,15 @@ fn why_lost(error: &supervisor::Error, fate: Option<&Fate>, deleted: bool) -> Er
         (_, Some(Fate::OutOfMemory)) => {
             ErrorDetail::new(ErrorKind::OutOfMemory, "MemoryError", "the sandbox ran out of memory")
         }
-        (E::Unresponsive, _) => ErrorDetail::new(ErrorKind::Timeout, "SandboxLost", "the sandbox did not answer in time"),
-        (E::Violation(_), _) => ErrorDetail::new(ErrorKind::Crashed, "SandboxLost", "the sandbox broke its protocol"),
-        (E::Ended | E::Layer(_), _) => ErrorDetail::new(ErrorKind::Crashed, "SandboxLost", "the sandbox died"),
+        (E::Unresponsive, _) => {
+            ErrorDetail::new(ErrorKind::Timeout, "SandboxLost", "the sandbox did not answer in time")
+        }
+        (E::Violation(_), _) => {
+            ErrorDetail::new(ErrorKind::Crashed, "SandboxLost", "the sandbox broke its protocol")
+        }
+        (E::Ended | E::Layer(_), _) => {
+            ErrorDetail::new(ErrorKind::Crashed, "SandboxLost", "the sandbox died")
+        }
     }
 }
 

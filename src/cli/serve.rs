@@ -33,7 +33,9 @@ pub(super) async fn serve(config: Config) -> Result<ExitCode, Failure> {
     let settings = server_settings(&config, &findings);
     let server = Server::bind(config.listen, State { settings, sessions: sessions.clone(), auth, metrics })
         .await
-        .map_err(|error| format!("cannot listen on {}: {error} (configuration key listen, or --listen)", config.listen))?;
+        .map_err(|error| {
+            format!("cannot listen on {}: {error} (configuration key listen, or --listen)", config.listen)
+        })?;
     tracing::info!(
         "listening on http://{}, driver {}, Python {}",
         server.address()?,
@@ -55,7 +57,10 @@ pub(super) async fn serve(config: Config) -> Result<ExitCode, Failure> {
 }
 
 /// Fails where a protection is missing that nobody allowed to be; warns of those that somebody did.
-pub(super) async fn prove(runtime: &SharedRuntime, config: &Config) -> Result<(Findings, Vec<Limit>), Failure> {
+pub(super) async fn prove(
+    runtime: &SharedRuntime,
+    config: &Config,
+) -> Result<(Findings, Vec<Limit>), Failure> {
     let findings = probe(runtime, &spec(config), &caps(config, &[]), config.limits.create_timeout).await?;
     let missing: Vec<_> = findings.missing(&config.allow_unenforced).collect();
     if !missing.is_empty() {
@@ -69,7 +74,11 @@ pub(super) async fn prove(runtime: &SharedRuntime, config: &Config) -> Result<(F
     let lacking = findings.engine.layers.iter().filter(|layer| layer.state == LayerState::Unenforced);
     let mut unenforced = Vec::new();
     for layer in lacking {
-        tracing::warn!(layer = layer.name, by = layer.by, "not enforced on this host, as allow_unenforced allows");
+        tracing::warn!(
+            layer = layer.name,
+            by = layer.by,
+            "not enforced on this host, as allow_unenforced allows"
+        );
         unenforced.extend(layer.limit);
     }
     Ok((findings, unenforced))

@@ -9,7 +9,9 @@ use async_trait::async_trait;
 use tokio::io::DuplexStream;
 use tokio::task::AbortHandle;
 
-use super::{Engine, Error, Fate, Found, Layer, Result, Runtime, Sandbox, SandboxId, SandboxSpec, SessionKey};
+use super::{
+    Engine, Error, Fate, Found, Layer, Result, Runtime, Sandbox, SandboxId, SandboxSpec, SessionKey,
+};
 
 /// Bytes that a stream holds between its ends, as a pipe does.
 const STREAM_BYTES: usize = 64 * 1024;

@@ -39,7 +39,8 @@ impl Auth {
     /// # Errors
     /// Where it cannot be read, a line is neither, or there is no key in it.
     pub fn from_file(path: &Path) -> Result<Auth, Error> {
-        let text = std::fs::read_to_string(path).map_err(|error| Error(format!("{}: {error}", path.display())))?;
+        let text =
+            std::fs::read_to_string(path).map_err(|error| Error(format!("{}: {error}", path.display())))?;
         let mut keys = Vec::new();
         for (index, line) in text.lines().map(str::trim).enumerate() {
             if line.is_empty() || line.starts_with('#') {
@@ -50,7 +51,10 @@ impl Auth {
             })?);
         }
         match keys.is_empty() {
-            true => Err(Error(format!("{}: no key in it; make one: codesandbox key new --tenant NAME", path.display()))),
+            true => Err(Error(format!(
+                "{}: no key in it; make one: codesandbox key new --tenant NAME",
+                path.display()
+            ))),
             false => Ok(Auth::Keys(keys)),
         }
     }
@@ -65,7 +69,9 @@ impl Auth {
         let presented = bearer.or_else(|| headers.get("x-api-key")?.to_str().ok())?;
         let hash: [u8; 32] = Sha256::digest(presented.as_bytes()).into();
         // All are looked at, so that the time tells nothing of which one matched.
-        keys.iter().fold(None, |found, key| if bool::from(key.hash.ct_eq(&hash)) { Some(key.tenant.as_str()) } else { found })
+        keys.iter().fold(None, |found, key| {
+            if bool::from(key.hash.ct_eq(&hash)) { Some(key.tenant.as_str()) } else { found }
+        })
     }
 }
 
@@ -111,7 +117,9 @@ mod tests {
     fn a_key_opens_the_door_in_either_header_and_names_its_tenant() {
         let ((alice, alice_line), (bob, bob_line)) = (Key::generate("alice"), Key::generate("bob"));
         let auth = auth(&format!("# keys\n{alice_line}\n\n{bob_line}\n")).unwrap();
-        let with = |name: &'static str, value: String| HeaderMap::from_iter([(name.parse().unwrap(), value.parse().unwrap())]);
+        let with = |name: &'static str, value: String| {
+            HeaderMap::from_iter([(name.parse().unwrap(), value.parse().unwrap())])
+        };
         assert_eq!(auth.tenant(&with("authorization", format!("Bearer {alice}"))), Some("alice"));
         assert_eq!(auth.tenant(&with("authorization", format!("bearer {bob}"))), Some("bob"));
         assert_eq!(auth.tenant(&with("x-api-key", bob.clone())), Some("bob"));
@@ -124,7 +132,9 @@ mod tests {
     #[test]
     fn a_keys_file_that_means_nothing_is_refused_with_its_line() {
         let (_, good) = Key::generate("a");
-        for (bad, says) in [("", "no key"), ("alice", ":1:"), (&*format!("{good}\nbob:xyz"), ":2:"), (":00", ":1:")] {
+        for (bad, says) in
+            [("", "no key"), ("alice", ":1:"), (&*format!("{good}\nbob:xyz"), ":2:"), (":00", ":1:")]
+        {
             assert!(auth(bad).unwrap_err().to_string().contains(says), "{bad}");
         }
     }

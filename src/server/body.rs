@@ -17,9 +17,9 @@ const USER_ID_BYTES: usize = 256;
 
 /// The keywords of Python 3.8 to 3.14; soft ones may be names.
 const KEYWORDS: [&str; 35] = [
-    "False", "None", "True", "and", "as", "assert", "async", "await", "break", "class", "continue", "def", "del",
-    "elif", "else", "except", "finally", "for", "from", "global", "if", "import", "in", "is", "lambda", "nonlocal",
-    "not", "or", "pass", "raise", "return", "try", "while", "with", "yield",
+    "False", "None", "True", "and", "as", "assert", "async", "await", "break", "class", "continue", "def",
+    "del", "elif", "else", "except", "finally", "for", "from", "global", "if", "import", "in", "is",
+    "lambda", "nonlocal", "not", "or", "pass", "raise", "return", "try", "while", "with", "yield",
 ];
 
 /// A run as asked for.
@@ -69,7 +69,9 @@ impl<'a> RunRequest<'a> {
         }
         match text("mode", mode)?.as_deref() {
             None | Some("fresh") => {}
-            Some("kernel") => return Err(Error::invalid("mode", "must be \"fresh\": \"kernel\" is not there yet")),
+            Some("kernel") => {
+                return Err(Error::invalid("mode", "must be \"fresh\": \"kernel\" is not there yet"));
+            }
             Some(_) => return Err(Error::invalid("mode", "must be \"fresh\"")),
         }
         Ok(RunRequest {
@@ -117,7 +119,9 @@ fn text<'a>(field: &str, raw: Option<&'a RawValue>) -> Result<Option<Cow<'a, str
     let mut parser = serde_json::Deserializer::from_str(raw.get());
     match parser.deserialize_str(Text) {
         Ok(text) => Ok(Some(text)),
-        Err(error) if error.is_syntax() => Err(Error::invalid(field, format!("is not Unicode text: {error}"))),
+        Err(error) if error.is_syntax() => {
+            Err(Error::invalid(field, format!("is not Unicode text: {error}")))
+        }
         Err(_) => Err(Error::invalid(field, "must be a string")),
     }
 }
@@ -136,7 +140,10 @@ fn check_data(raw: &RawValue) -> Result<&str, Error> {
         return Err(Error::invalid("data", "must be an object"));
     }
     if json_depth(raw.get()) > MAX_JSON_DEPTH {
-        return Err(Error::invalid("data", format!("must not be nested deeper than {MAX_JSON_DEPTH} levels")));
+        return Err(Error::invalid(
+            "data",
+            format!("must not be nested deeper than {MAX_JSON_DEPTH} levels"),
+        ));
     }
     match serde_json::from_str::<Names>(raw.get()) {
         Ok(Names(None)) => Ok(raw.get()),
@@ -231,14 +238,23 @@ mod tests {
             (r#"{"user_id":"a","code":"1","user_id":"b"}"#, "duplicate field `user_id`"),
             (r#"{"user_id":"a","code":"1","colour":"b"}"#, "unknown field `colour`"),
             (r#"{"user_id":"a","code":"1","data":[]}"#, "data must be an object"),
-            (r#"{"user_id":"a","code":"1","data":{"a b":1}}"#, "data: the key \"a b\" is no Python identifier"),
+            (
+                r#"{"user_id":"a","code":"1","data":{"a b":1}}"#,
+                "data: the key \"a b\" is no Python identifier",
+            ),
             (r#"{"user_id":"a","code":"1","data":{"":1}}"#, "data: the key \"\" is no Python identifier"),
             (r#"{"user_id":"a","code":"1","data":{"1a":1}}"#, "is no Python identifier"),
-            (r#"{"user_id":"a","code":"1","data":{"x":1,"class":1}}"#, "data: the key \"class\" is a Python keyword"),
+            (
+                r#"{"user_id":"a","code":"1","data":{"x":1,"class":1}}"#,
+                "data: the key \"class\" is a Python keyword",
+            ),
             (r#"{"user_id":"a","code":"1","data":{"__name__":1}}"#, "must not begin with __"),
             (r#"{"user_id":"a","code":"1","mode":"slow"}"#, "mode must be"),
             (r#"{"user_id":"a","code":"1","timeout_ms":0}"#, "timeout_ms must be an integer from 1 to 5000"),
-            (r#"{"user_id":"a","code":"1","timeout_ms":5001}"#, "timeout_ms must be an integer from 1 to 5000"),
+            (
+                r#"{"user_id":"a","code":"1","timeout_ms":5001}"#,
+                "timeout_ms must be an integer from 1 to 5000",
+            ),
             (r#"{"user_id":"a","code":"1","timeout_ms":1.5}"#, "timeout_ms must be an integer"),
             (r#"{"user_id":"a","code":"1","timeout_ms":"1"}"#, "timeout_ms must be an integer"),
             (r#"{"user_id":"a","code":"1","timeout_ms":1e3}"#, "timeout_ms must be an integer"),
@@ -254,7 +270,8 @@ mod tests {
         for body in [
             format!(r#"{{"user_id":"{}","code":"1"}}"#, "u".repeat(256)),
             r#"{"user_id":"a","code":"1234567890","timeout_ms":5000}"#.into(),
-            r#"{"user_id":"a","code":"1","data":{"ä":1,"_":2,"match":3,"x1":{"a b":1}},"mode":"fresh"}"#.into(),
+            r#"{"user_id":"a","code":"1","data":{"ä":1,"_":2,"match":3,"x1":{"a b":1}},"mode":"fresh"}"#
+                .into(),
             r#" {"user_id":"a ","code":"\n","data":null,"stdin":null}"#.into(),
         ] {
             RunRequest::parse(body.as_bytes(), &settings()).unwrap();

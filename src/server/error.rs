@@ -47,9 +47,13 @@ impl Error {
             Error::TooLarge { .. } => (StatusCode::PAYLOAD_TOO_LARGE, "too_large"),
             Error::UnsupportedMediaType => (StatusCode::UNSUPPORTED_MEDIA_TYPE, "unsupported_media_type"),
             Error::Session(session::Error::Busy) => (StatusCode::TOO_MANY_REQUESTS, "session_busy"),
-            Error::Session(session::Error::TooMany { .. }) => (StatusCode::TOO_MANY_REQUESTS, "too_many_sessions"),
+            Error::Session(session::Error::TooMany { .. }) => {
+                (StatusCode::TOO_MANY_REQUESTS, "too_many_sessions")
+            }
             Error::Session(session::Error::Draining) => (StatusCode::SERVICE_UNAVAILABLE, "draining"),
-            Error::Session(session::Error::Unavailable(_)) => (StatusCode::SERVICE_UNAVAILABLE, "engine_unavailable"),
+            Error::Session(session::Error::Unavailable(_)) => {
+                (StatusCode::SERVICE_UNAVAILABLE, "engine_unavailable")
+            }
             Error::NotReady(_) => (StatusCode::SERVICE_UNAVAILABLE, "not_ready"),
         }
     }

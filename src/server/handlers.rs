@@ -97,7 +97,8 @@ fn check_content_type(headers: &HeaderMap) -> Result<(), Error> {
     let Some(value) = headers.get(CONTENT_TYPE) else { return Ok(()) };
     let essence = value.to_str().ok().and_then(|text| text.split(';').next()).unwrap_or_default().trim();
     let essence = essence.to_ascii_lowercase();
-    match essence == "application/json" || (essence.starts_with("application/") && essence.ends_with("+json")) {
+    match essence == "application/json" || (essence.starts_with("application/") && essence.ends_with("+json"))
+    {
         true => Ok(()),
         false => Err(Error::UnsupportedMediaType),
     }

@@ -107,7 +107,8 @@ impl Server {
         let _ = stopping.send(true); // no receiver: no connection is open
         let deadline = Instant::now() + grace;
         let ended = async { while connections.join_next().await.is_some() {} };
-        let (_, ended) = tokio::join!(state.sessions.drain(deadline), tokio::time::timeout_at(deadline, ended));
+        let (_, ended) =
+            tokio::join!(state.sessions.drain(deadline), tokio::time::timeout_at(deadline, ended));
         if ended.is_err() {
             tracing::warn!(connections = connections.len(), "cut off what did not end in time");
         }

@@ -58,7 +58,9 @@ async fn run(stream: &mut DuplexStream, buffer: &mut BytesMut, nonce: u64, paylo
                 _ = next(stream, buffer) => (r#""outcome":null,"stopped":"cancelled""#, ""),
             }
         }
-        _ => (r#""outcome":"result""#, if data.is_empty() { "null" } else { std::str::from_utf8(&data).ok()? }),
+        _ => {
+            (r#""outcome":"result""#, if data.is_empty() { "null" } else { std::str::from_utf8(&data).ok()? })
+        }
     };
     let rest = r#""oversized":false,"truncated":[],"run_us":1,"cpu_us":1,"page_faults":1"#;
     send(stream, nonce, 130, &[&format!("{{{changes},{rest}}}"), payload, "", "", "[\"total 0\"]"]).await

@@ -12,8 +12,8 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::time::{Instant, timeout_at};
 
 use crate::runtime::{Duplex, Layer, LayerState};
-use protocol::{Answer, Frame, Request};
 pub use protocol::Violation;
+use protocol::{Answer, Frame, Request};
 pub use report::{ErrorDetail, ErrorKind, Field, MAX_JSON_DEPTH, Outcome, Report, json_depth};
 
 /// The program that is PID 1 of every sandbox, for `python3 -I -S -c`.
@@ -88,7 +88,8 @@ pub struct Hello {
 impl Hello {
     /// The name of the first layer that this sandbox lacks though every sandbox is to have it.
     pub fn missing_layer(&self) -> Option<&'static str> {
-        let none = |set: &Option<String>| set.as_ref().is_none_or(|set| set.bytes().all(|digit| digit == b'0'));
+        let none =
+            |set: &Option<String>| set.as_ref().is_none_or(|set| set.bytes().all(|digit| digit == b'0'));
         let is = |field: &Option<String>, wanted| field.as_ref().is_none_or(|value| value == wanted);
         [
             (self.pid == 1, "pid_namespace"),
@@ -134,7 +135,9 @@ enum State {
     Idle,
     /// Part of a frame may be out: nothing more can be said.
     Sending,
-    Running { nonce: u64 },
+    Running {
+        nonce: u64,
+    },
 }
 
 impl std::fmt::Debug for Supervisor {
@@ -145,7 +148,11 @@ impl std::fmt::Debug for Supervisor {
 
 impl Supervisor {
     /// Says hello over a fresh stream, and believes nothing that comes before the answer to it.
-    pub async fn attach(stream: Duplex, caps: &Caps, deadline: Instant) -> Result<(Supervisor, Hello), Error> {
+    pub async fn attach(
+        stream: Duplex,
+        caps: &Caps,
+        deadline: Instant,
+    ) -> Result<(Supervisor, Hello), Error> {
         let parts = caps.stdout + caps.stderr + caps.result.max(16 * caps.error);
         let mut supervisor = Supervisor {
             stream,

@@ -166,7 +166,11 @@ mod tests {
     #[test]
     fn sections_must_fit_exactly() {
         for bad in [&b"\0\0\0"[..], b"\0\0\0\x03hi", b"\0\0\0\x02hi!", b""] {
-            assert_eq!(sections::<1>(Bytes::copy_from_slice(bad)).unwrap_err(), Violation::Sections, "{bad:?}");
+            assert_eq!(
+                sections::<1>(Bytes::copy_from_slice(bad)).unwrap_err(),
+                Violation::Sections,
+                "{bad:?}"
+            );
         }
     }
 
@@ -179,7 +183,13 @@ mod tests {
             seed ^= seed >> 7;
             seed ^= seed << 17;
             let mut bytes = BytesMut::from(&seed.to_be_bytes()[..]);
-            bytes.extend_from_slice(&[if seed & 1 == 0 { 130 } else { 129 }, 0, 0, (seed >> 8) as u8, seed as u8]);
+            bytes.extend_from_slice(&[
+                if seed & 1 == 0 { 130 } else { 129 },
+                0,
+                0,
+                (seed >> 8) as u8,
+                seed as u8,
+            ]);
             bytes.extend_from_slice(&seed.to_le_bytes());
             if let Ok(Some(frame)) = decode(&mut bytes, 1024) {
                 let _ = sections::<5>(frame.payload.clone());

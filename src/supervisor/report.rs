@@ -207,16 +207,22 @@ fn outcome(facts: Facts<'_>, told: Option<Told>, payload: &[u8], timeout: Durati
         (None, Some(Told { kind, name, value, traceback, truncated: _ }), _) => {
             Outcome::Failed(ErrorDetail { kind, name, value, traceback })
         }
-        _ if facts.oversized => {
-            fail(ErrorKind::ResultTooLarge, "ValueError", "the result pipe got more than any result may have".into())
-        }
+        _ if facts.oversized => fail(
+            ErrorKind::ResultTooLarge,
+            "ValueError",
+            "the result pipe got more than any result may have".into(),
+        ),
         (None, None, Some("result")) => match result(payload) {
             Some(result) => Outcome::Result(result),
-            None => fail(ErrorKind::ResultInvalid, "ValueError", "result is no JSON, or nested too deeply".into()),
+            None => {
+                fail(ErrorKind::ResultInvalid, "ValueError", "result is no JSON, or nested too deeply".into())
+            }
         },
         (None, None, _) => match (facts.signal, facts.exited) {
             (Some(SIGKILL), _) => Outcome::Killed,
-            (Some(signal), _) => fail(ErrorKind::Crashed, signal_name(signal), format!("killed by signal {signal}")),
+            (Some(signal), _) => {
+                fail(ErrorKind::Crashed, signal_name(signal), format!("killed by signal {signal}"))
+            }
             (None, code) => {
                 fail(ErrorKind::Exited, "SystemExit", format!("exited with status {}", code.unwrap_or(-1)))
             }
@@ -296,7 +302,8 @@ mod tests {
             facts[key] = serde_json::from_str(value).unwrap();
         }
         let part = |text: &str| Bytes::copy_from_slice(text.as_bytes());
-        let sections = [part(&facts.to_string()), part(payload), part("out"), part(""), part("[\"total 0\"]")];
+        let sections =
+            [part(&facts.to_string()), part(payload), part("out"), part(""), part("[\"total 0\"]")];
         Report::parse(sections, Duration::from_secs(1)).unwrap()
     }
 
@@ -341,7 +348,9 @@ mod tests {
 
     #[test]
     fn depth_counts_brackets_outside_of_strings() {
-        for (text, depth) in [("1", 0), ("[]", 1), ("{\"a\":[1,{}]}", 3), ("\"[[\\\"[\"", 0), ("[[],[[]]]", 3)] {
+        for (text, depth) in
+            [("1", 0), ("[]", 1), ("{\"a\":[1,{}]}", 3), ("\"[[\\\"[\"", 0), ("[[],[[]]]", 3)]
+        {
             assert_eq!(json_depth(text), depth, "{text}");
         }
     }

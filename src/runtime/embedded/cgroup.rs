@@ -69,7 +69,9 @@ impl Hierarchy {
         let name = format!("sandbox-{number}");
         let parents: Vec<_> = match self {
             Hierarchy::V2(directory) => vec![(None, directory)],
-            Hierarchy::V1(directories) => directories.iter().map(|(limit, path)| (Some(*limit), path)).collect(),
+            Hierarchy::V1(directories) => {
+                directories.iter().map(|(limit, path)| (Some(*limit), path)).collect()
+            }
             Hierarchy::Missing(_) => Vec::new(),
         };
         let mut group = Group { directories: Vec::new(), version_2: matches!(self, Hierarchy::V2(_)) };
@@ -108,9 +110,11 @@ impl Group {
     /// The directory to be born in, for version 2.
     pub(super) fn open(&self) -> io::Result<Option<OwnedFd>> {
         match self.directories.first() {
-            Some((None, directory)) => {
-                Ok(Some(rustix::fs::open(directory, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?))
-            }
+            Some((None, directory)) => Ok(Some(rustix::fs::open(
+                directory,
+                OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC,
+                Mode::empty(),
+            )?)),
             _ => Ok(None),
         }
     }
@@ -175,7 +179,10 @@ fn unified(groups: &str, mounts: &str) -> Option<PathBuf> {
     let mount = mounts.lines().find_map(|line| mount_point(line, |kind, _| kind == "cgroup2"))?;
     let own = below(&mount, path);
     let controllers = fs::read_to_string(own.join("cgroup.controllers")).ok()?;
-    CONTROLLERS.iter().all(|(_, name)| controllers.split_whitespace().any(|word| word == *name)).then_some(own)
+    CONTROLLERS
+        .iter()
+        .all(|(_, name)| controllers.split_whitespace().any(|word| word == *name))
+        .then_some(own)
 }
 
 /// The mount's root in its hierarchy and its mount point, where `wanted` says so of type and options.
@@ -196,10 +203,11 @@ fn below((root, point): &(String, PathBuf), path: &str) -> PathBuf {
 /// Processes may not stand beside groups with controllers, so the server moves into a leaf of its own; that
 /// is done only where the group is ours alone. Root may instead begin at the top of the hierarchy.
 fn version_2(own: &Path, name: &str) -> Hierarchy {
-    let missing = |what: &str, error: io::Error| Hierarchy::Missing(format!("{what} {}: {error}", own.display()));
+    let missing =
+        |what: &str, error: io::Error| Hierarchy::Missing(format!("{what} {}: {error}", own.display()));
     let pid = std::process::id().to_string();
-    let alone = fs::read_to_string(own.join("cgroup.procs"))
-        .is_ok_and(|procs| procs.lines().all(|line| line == pid));
+    let alone =
+        fs::read_to_string(own.join("cgroup.procs")).is_ok_and(|procs| procs.lines().all(|line| line == pid));
     let is_root_of_hierarchy = !own.join("cgroup.type").exists();
     if !alone && !is_root_of_hierarchy {
         let top = own.ancestors().take_while(|path| path.join("cgroup.controllers").exists()).last();
@@ -211,8 +219,8 @@ fn version_2(own: &Path, name: &str) -> Hierarchy {
     }
     if !is_root_of_hierarchy {
         let leaf = own.join(format!("{name}-server"));
-        if let Err(error) =
-            fs::create_dir(&leaf).and_then(|()| fs::write(leaf.join("cgroup.procs"), std::process::id().to_string()))
+        if let Err(error) = fs::create_dir(&leaf)
+            .and_then(|()| fs::write(leaf.join("cgroup.procs"), std::process::id().to_string()))
         {
             return missing("cannot make groups in", error);
         }
@@ -239,7 +247,9 @@ fn version_1(groups: &str, mounts: &str, name: &str) -> Hierarchy {
             let mut parts = line.splitn(3, ':').skip(1);
             has(parts.next()?).then(|| parts.next())?
         });
-        let mount = mounts.lines().find_map(|line| mount_point(line, |kind, options| kind == "cgroup" && has(options)));
+        let mount = mounts
+            .lines()
+            .find_map(|line| mount_point(line, |kind, options| kind == "cgroup" && has(options)));
         let (Some(path), Some(mount)) = (path, mount) else { continue };
         let own = below(&mount, path);
         clean_up_after_the_dead(&own);
@@ -277,10 +287,14 @@ fn sweep(directory: &Path) {
 fn remove(directory: &Path) {
     for _ in 0..REMOVALS {
         match fs::remove_dir(directory) {
-            Err(error) if error.raw_os_error() == Some(libc::EBUSY) => std::thread::sleep(Duration::from_millis(2)),
+            Err(error) if error.raw_os_error() == Some(libc::EBUSY) => {
+                std::thread::sleep(Duration::from_millis(2))
+            }
             Ok(()) => return,
             Err(error) if error.kind() == io::ErrorKind::NotFound => return,
-            Err(error) => return tracing::warn!(directory = %directory.display(), %error, "cannot remove a cgroup"),
+            Err(error) => {
+                return tracing::warn!(directory = %directory.display(), %error, "cannot remove a cgroup");
+            }
         }
     }
     tracing::warn!(directory = %directory.display(), "cannot remove a cgroup: it stays busy");

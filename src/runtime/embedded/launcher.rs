@@ -112,8 +112,7 @@ impl Launcher {
     fn serve(mut self, socket: BorrowedFd<'_>) -> i32 {
         let Ok(ended) = children() else { return 1 };
         loop {
-            let mut ready =
-                [PollFd::new(&socket, PollFlags::IN), PollFd::new(&ended, PollFlags::IN)];
+            let mut ready = [PollFd::new(&socket, PollFlags::IN), PollFd::new(&ended, PollFlags::IN)];
             if !matches!(poll(&mut ready, None), Ok(_) | Err(rustix::io::Errno::INTR)) {
                 return 1;
             }

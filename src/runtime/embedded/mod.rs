@@ -29,7 +29,10 @@ use rustix::process::Signal;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
 
-use super::{Engine, Error, Fate, Found, Layer, LayerState, Limit, Result, Runtime, Sandbox, SandboxId, SandboxSpec, SessionKey};
+use super::{
+    Engine, Error, Fate, Found, Layer, LayerState, Limit, Result, Runtime, Sandbox, SandboxId, SandboxSpec,
+    SessionKey,
+};
 use cgroup::{Group, Hierarchy};
 pub use launcher::run_if_asked;
 use link::{Exit, Link};
@@ -180,7 +183,8 @@ impl Inner {
             rustix::pipe::pipe_with(flags).map_err(io::Error::from).map_err(wrap("make the stderr"))?;
         let born_in = group.as_ref().map_or(Ok(None), Group::open).map_err(wrap("open the cgroup"))?;
         let fds = [Some(theirs.as_fd()), Some(their_stderr.as_fd()), born_in.as_ref().map(AsFd::as_fd)];
-        let (pidfd, exit) = link.create(number, spec, program, &fds.into_iter().flatten().collect::<Vec<_>>()).await?;
+        let (pidfd, exit) =
+            link.create(number, spec, program, &fds.into_iter().flatten().collect::<Vec<_>>()).await?;
         let stream = UnixStream::from_std(ours).map_err(wrap("use the stream"))?;
         Ok((stream, Live { pidfd, group: Mutex::new(group), stderr, owner: Mutex::new(None), exit }))
     }
@@ -200,7 +204,10 @@ impl Inner {
         let attached = tokio::task::spawn_blocking(move || live.attach_group()).await;
         if let Err(error) = attached.unwrap_or_else(|panic| Err(io::Error::other(panic))) {
             self.remove(&id).await?;
-            return Err(Error::Failed { what: "move a new sandbox into its control group".into(), source: error });
+            return Err(Error::Failed {
+                what: "move a new sandbox into its control group".into(),
+                source: error,
+            });
         }
         Ok(Sandbox { id, stream: Box::new(stream) })
     }
@@ -209,13 +216,18 @@ impl Inner {
         let Some(live) = lock(&self.alive).get(id).cloned() else { return Ok(()) };
         match rustix::process::pidfd_send_signal(&live.pidfd, Signal::KILL) {
             Ok(()) | Err(rustix::io::Errno::SRCH) => {}
-            Err(error) => return Err(Error::Failed { what: format!("kill sandbox {id}"), source: error.into() }),
+            Err(error) => {
+                return Err(Error::Failed { what: format!("kill sandbox {id}"), source: error.into() });
+            }
         }
         live.exit.wait().await;
         lock(&self.alive).remove(id);
         let group = lock(&live.group).take();
         let removed = tokio::task::spawn_blocking(move || drop(group)).await;
-        removed.map_err(|panic| Error::Failed { what: format!("remove sandbox {id}"), source: io::Error::other(panic) })
+        removed.map_err(|panic| Error::Failed {
+            what: format!("remove sandbox {id}"),
+            source: io::Error::other(panic),
+        })
     }
 
     fn layers(&self) -> Vec<Layer> {
@@ -298,7 +310,9 @@ impl Runtime for Embedded {
                 let _ = inner.remove(&unwanted.id).await; // logged where groups are removed; nobody asks
             }
         });
-        receive.await.unwrap_or(Err(Error::Unavailable { driver: "embedded", why: "the creation was stopped".into() }))
+        receive
+            .await
+            .unwrap_or(Err(Error::Unavailable { driver: "embedded", why: "the creation was stopped".into() }))
     }
 
     async fn attach(&self, id: &SandboxId) -> Result<Sandbox> {
@@ -312,7 +326,8 @@ impl Runtime for Embedded {
     }
 
     async fn list(&self) -> Result<Vec<Found>> {
-        let found = |(id, live): (&SandboxId, &Arc<Live>)| Found { id: id.clone(), owner: lock(&live.owner).clone() };
+        let found =
+            |(id, live): (&SandboxId, &Arc<Live>)| Found { id: id.clone(), owner: lock(&live.owner).clone() };
         Ok(lock(&self.0.alive).iter().map(found).collect())
     }
 

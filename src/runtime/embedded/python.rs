@@ -65,7 +65,8 @@ async fn on_host(configured: Option<&Path>) -> Result<Python> {
     Err(Error::Unusable {
         what: "find python3 on this host".into(),
         why,
-        remedy: "install Python 3.8 or newer (apt-get install python3), or set embedded.python to its path".into(),
+        remedy: "install Python 3.8 or newer (apt-get install python3), or set embedded.python to its path"
+            .into(),
     })
 }
 
@@ -82,7 +83,8 @@ async fn ask(candidate: &OsStr) -> io::Result<Python> {
     if (number(parts.next()), number(parts.next())) < OLDEST {
         return Err(io::Error::other(format!("it is Python {version}, older than 3.8")));
     }
-    let of_system = |prefix: &&str| HOST_DIRECTORIES.iter().any(|directory| Path::new(prefix).starts_with(directory));
+    let of_system =
+        |prefix: &&str| HOST_DIRECTORIES.iter().any(|directory| Path::new(prefix).starts_with(directory));
     let prefixes = lines.filter(|prefix| !of_system(prefix)).map(PathBuf::from).collect();
     Ok(Python { path: PathBuf::from(path), prefixes })
 }

@@ -15,7 +15,8 @@ const USER_NAMESPACES: &str = "this host forbids user namespaces to ordinary use
 const IN_A_CONTAINER: &str = "inside a container this needs CAP_SYS_ADMIN and an unmasked /proc (docker run \
     --privileged, podman run --security-opt unmask=ALL --cap-add SYS_ADMIN); or use driver = \"docker\" or \"podman\"";
 const KERNEL: &str = "Linux 5.12 or newer; or use driver = \"docker\" or \"podman\"";
-const PATHS: &str = "check that the path exists and that this user may read it (embedded.rootfs, embedded.python)";
+const PATHS: &str =
+    "check that the path exists and that this user may read it (embedded.rootfs, embedded.python)";
 
 /// The error of a failed step, with its remedy.
 pub(super) fn of(failure: &Failure) -> Error {
@@ -33,5 +34,9 @@ pub(super) fn of(failure: &Failure) -> Error {
     } else {
         return Error::Failed { what: format!("embedded sandbox: {step}"), source: error };
     };
-    Error::Unusable { what: format!("embedded sandbox: {step}"), why: error.to_string(), remedy: remedy.into() }
+    Error::Unusable {
+        what: format!("embedded sandbox: {step}"),
+        why: error.to_string(),
+        remedy: remedy.into(),
+    }
 }

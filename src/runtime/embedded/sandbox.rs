@@ -87,7 +87,8 @@ fn take_ids(may_drop_groups: bool) -> io::Result<()> {
 /// The template and, upon it, what each sandbox has for itself.
 fn fill_root(spec: &SandboxSpec) -> Result<(), Failure> {
     // A copy, since the mounts that came along are locked, and pivot_root takes none that is.
-    let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC | OpenTreeFlags::AT_RECURSIVE;
+    let flags =
+        OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC | OpenTreeFlags::AT_RECURSIVE;
     let tree = step("open_tree of the template", open_tree(CWD, TEMPLATE, flags))?;
     let moved = move_mount(&tree, "", CWD, SANDBOX, MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH);
     step("move_mount of the template", moved)?;
@@ -103,8 +104,9 @@ fn fill_root(spec: &SandboxSpec) -> Result<(), Failure> {
         ("dev/shm", spec.shm_bytes, 1777, MountFlags::NOEXEC),
     ] {
         let inodes = spec.inodes;
-        let options =
-            format!("size={bytes},nr_inodes={inodes},mode={mode},uid={SANDBOX_ID},gid={SANDBOX_ID},huge=never");
+        let options = format!(
+            "size={bytes},nr_inodes={inodes},mode={mode},uid={SANDBOX_ID},gid={SANDBOX_ID},huge=never"
+        );
         let done = mount("tmpfs", name, "tmpfs", WRITABLE | more, Some(&*text(&options)));
         step(format!("mount /{name}"), done)?;
     }

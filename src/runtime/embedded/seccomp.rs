@@ -36,6 +36,7 @@ impl Program {
     }
 
     /// The number of instructions.
+    #[cfg(test)]
     pub(crate) fn len(&self) -> usize {
         self.filter.len()
     }

@@ -45,7 +45,10 @@ pub(super) struct Template {
 impl Template {
     /// Builds the template and pivots the launcher into its small root.
     pub(super) fn build(preparation: &Preparation) -> Result<Template, Failure> {
-        step("make mounts private", mount_change("/", MountPropagationFlags::PRIVATE | MountPropagationFlags::REC))?;
+        step(
+            "make mounts private",
+            mount_change("/", MountPropagationFlags::PRIVATE | MountPropagationFlags::REC),
+        )?;
         let plan = Plan::of(preparation)?;
         let base = Path::new(BASE);
         step("mount a tmpfs", mount("tmpfs", base, "tmpfs", MountFlags::NOSUID, c"mode=0755,size=256m"))?;
@@ -58,7 +61,13 @@ impl Template {
         plan.make(&root)?;
         step(
             "mount /proc of a new pid namespace",
-            mount("proc", base.join("proc"), "proc", MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC, None),
+            mount(
+                "proc",
+                base.join("proc"),
+                "proc",
+                MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC,
+                None,
+            ),
         )?;
         pivot(base).map_err(|error| Failure::new("pivot_root", &error))?;
         Ok(Template { writable: PathBuf::from("/writable") })
@@ -91,7 +100,10 @@ impl Plan {
         let image = preparation.rootfs.as_deref();
         let mut plan = Plan {
             directories: MOUNT_POINTS.iter().map(PathBuf::from).collect(),
-            links: DEVICE_LINKS.iter().map(|(name, to)| (Path::new("dev").join(name), PathBuf::from(to))).collect(),
+            links: DEVICE_LINKS
+                .iter()
+                .map(|(name, to)| (Path::new("dev").join(name), PathBuf::from(to)))
+                .collect(),
             trees: Vec::new(),
             devices: Vec::new(),
             etc_is_of_image: image.is_some_and(|directory| directory.join("etc").is_dir()),
@@ -209,7 +221,8 @@ fn copy_interpreter(source: OwnedFd, root: &Path) -> io::Result<()> {
 }
 
 fn open(source: &Path) -> Result<OwnedFd, Failure> {
-    let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC | OpenTreeFlags::AT_RECURSIVE;
+    let flags =
+        OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC | OpenTreeFlags::AT_RECURSIVE;
     step(format!("open_tree {}", source.display()), open_tree(CWD, source, flags))
 }
 

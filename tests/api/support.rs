@@ -1,0 +1,246 @@
+//! A server of its own for each test that wants one, and a client for it.
+
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::TcpStream;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use serde_json::Value;
+
+/// The program under test.
+pub const PROGRAM: &str = env!("CARGO_BIN_EXE_codesandbox");
+/// A server that says nothing for so long is a failed test.
+const START: Duration = Duration::from_secs(30);
+/// An ordinary user without subordinate ids; no such account needs to exist.
+pub const ORDINARY_USER: u32 = 54_321;
+
+/// A running server; it is stopped, and its exit awaited, when dropped.
+pub struct Server {
+    child: Child,
+    pub address: String,
+    log: Arc<Mutex<String>>,
+    _directory: Option<tempfile::TempDir>,
+}
+
+impl Server {
+    /// As whoever runs the tests.
+    pub fn start(flags: &[&str]) -> Server {
+        let mut command = Command::new(PROGRAM);
+        command.args(flags);
+        if !is_root() {
+            command.args(["--allow-unenforced", "memory,cpus"]);
+        }
+        Server::spawn(command, None)
+    }
+
+    /// As an ordinary user, where the tests run as root; without a control group of its own.
+    pub fn start_as_ordinary_user(flags: &[&str]) -> Server {
+        let (mut command, directory) = as_ordinary_user();
+        command.args(flags).args(["--allow-unenforced", "memory,cpus"]);
+        Server::spawn(command, Some(directory))
+    }
+
+    fn spawn(mut command: Command, directory: Option<tempfile::TempDir>) -> Server {
+        command
+            .args(["--listen", "127.0.0.1:0"])
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::piped());
+        let mut child = command.spawn().expect("the program was built with the tests");
+        let mut stderr = BufReader::new(child.stderr.take().expect("it was piped"));
+        let log = Arc::new(Mutex::new(String::new()));
+        let (send, receive) = std::sync::mpsc::channel();
+        let kept = log.clone();
+        std::thread::spawn(move || {
+            let mut line = String::new();
+            while matches!(stderr.read_line(&mut line), Ok(length) if length > 0) {
+                if let Some((_, rest)) = line.split_once("listening on http://") {
+                    let _ = send.send(rest.split(',').next().unwrap_or_default().trim().to_owned());
+                }
+                kept.lock().unwrap().push_str(&line);
+                line.clear();
+            }
+        });
+        let Ok(address) = receive.recv_timeout(START) else {
+            let _ = child.kill();
+            panic!("the server did not start: {}", log.lock().unwrap());
+        };
+        Server { child, address, log, _directory: directory }
+    }
+
+    /// `POST /run`; gives status and answer.
+    pub fn post(&self, body: impl AsRef<str>) -> (u16, Value) {
+        let (status, _, text) =
+            self.request("POST", "/run", &[("content-type", "application/json")], body.as_ref());
+        (status, serde_json::from_str(&text).unwrap_or_else(|error| panic!("{error}: {text}")))
+    }
+
+    /// Runs code as `user_id`; the status has to be 200.
+    pub fn run(&self, user_id: &str, code: &str) -> Value {
+        self.run_with(user_id, code, serde_json::json!({}))
+    }
+
+    /// With more fields, e.g. `json!({"timeout_ms": 500})`.
+    pub fn run_with(&self, user_id: &str, code: &str, fields: Value) -> Value {
+        let mut body = serde_json::json!({"user_id": user_id, "code": code});
+        for (key, value) in fields.as_object().expect("fields are an object") {
+            body[key] = value.clone();
+        }
+        let (status, answer) = self.post(body.to_string());
+        assert_eq!(status, 200, "{answer}");
+        answer
+    }
+
+    /// Any request: status, headers by lower-case name, body.
+    pub fn request(
+        &self,
+        method: &str,
+        path: &str,
+        headers: &[(&str, &str)],
+        body: &str,
+    ) -> (u16, Vec<(String, String)>, String) {
+        let agent = ureq::Agent::config_builder()
+            .http_status_as_error(false)
+            .timeout_global(Some(Duration::from_secs(120)))
+            .allow_non_standard_methods(true)
+            .build()
+            .new_agent();
+        let mut request =
+            ureq::http::Request::builder().method(method).uri(format!("http://{}{path}", self.address));
+        for (name, value) in headers {
+            request = request.header(*name, *value);
+        }
+        let mut response = match body {
+            "" => agent.run(request.body(()).unwrap()),
+            body => agent.run(request.body(body).unwrap()),
+        }
+        .unwrap_or_else(|error| panic!("{method} {path}: {error}"));
+        let headers = response.headers().iter();
+        let headers =
+            headers.map(|(name, value)| (name.to_string(), value.to_str().unwrap_or_default().to_owned()));
+        let headers = headers.collect();
+        let text = response.body_mut().with_config().limit(64 << 20).read_to_string().unwrap();
+        (response.status().as_u16(), headers, text)
+    }
+
+    pub fn get(&self, path: &str) -> (u16, String) {
+        let (status, _, text) = self.request("GET", path, &[], "");
+        (status, text)
+    }
+
+    /// The value of a series, by its name with labels as Prometheus prints it; 0 where it is not there.
+    pub fn metric(&self, series: &str) -> f64 {
+        let (_, text) = self.get("/metrics");
+        let line = text.lines().find_map(|line| line.strip_prefix(series)?.strip_prefix(' '));
+        line.map_or(0.0, |value| value.parse().unwrap())
+    }
+
+    /// A bare connection, for what no client library would send.
+    pub fn connect(&self) -> TcpStream {
+        let stream = TcpStream::connect(&self.address).unwrap();
+        stream.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
+        stream
+    }
+
+    /// What it logged so far.
+    pub fn log(&self) -> String {
+        self.log.lock().unwrap().clone()
+    }
+
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    pub fn signal(&self, signal: i32) {
+        // SAFETY: sends a signal to a process that this test started and has not reaped.
+        assert_eq!(unsafe { libc::kill(self.child.id() as i32, signal) }, 0);
+    }
+
+    /// Awaits its exit; gives the status.
+    pub fn wait(&mut self) -> std::process::ExitStatus {
+        let begun = Instant::now();
+        loop {
+            if let Some(status) = self.child.try_wait().unwrap() {
+                return status;
+            }
+            assert!(begun.elapsed() < Duration::from_secs(60), "the server does not end: {}", self.log());
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        if matches!(self.child.try_wait(), Ok(None)) {
+            self.signal(libc::SIGTERM);
+            if !std::thread::panicking() {
+                assert!(self.wait().success(), "the server did not end well: {}", self.log());
+            }
+        }
+    }
+}
+
+/// Sends bytes as they are and reads until the server closes or `enough` says so.
+pub fn exchange(stream: &mut TcpStream, bytes: &[u8], enough: impl Fn(&str) -> bool) -> String {
+    stream.write_all(bytes).unwrap();
+    let (mut text, mut buffer) = (String::new(), [0; 65536]);
+    while !enough(&text) {
+        match stream.read(&mut buffer) {
+            Ok(0) | Err(_) => break,
+            Ok(length) => text.push_str(&String::from_utf8_lossy(&buffer[..length])),
+        }
+    }
+    text
+}
+
+pub fn is_root() -> bool {
+    // SAFETY: geteuid has no preconditions.
+    unsafe { libc::geteuid() == 0 }
+}
+
+/// The program as an ordinary user would start it: no groups, a bare environment, a copy that it can read.
+pub fn as_ordinary_user() -> (Command, tempfile::TempDir) {
+    use std::os::unix::fs::PermissionsExt;
+    use std::os::unix::process::CommandExt;
+    let directory = tempfile::tempdir().unwrap();
+    std::fs::set_permissions(directory.path(), std::fs::Permissions::from_mode(0o755)).unwrap();
+    let program: PathBuf = directory.path().join("codesandbox");
+    std::fs::copy(PROGRAM, &program).unwrap();
+    let mut command = Command::new(&program);
+    command.env_clear().env("PATH", "/usr/bin:/bin").current_dir("/");
+    if is_root() {
+        command.uid(ORDINARY_USER).gid(ORDINARY_USER);
+    }
+    (command, directory)
+}
+
+/// The output of a command line, as a person sees it.
+pub fn command_line(arguments: &[&str], stdin: &str) -> (i32, String, String) {
+    let mut command = Command::new(PROGRAM);
+    let mut child = command
+        .args(arguments)
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let _ = child.stdin.take().unwrap().write_all(stdin.as_bytes()); // one that fails early reads nothing
+    let output = child.wait_with_output().unwrap();
+    let text = |bytes: Vec<u8>| String::from_utf8(bytes).unwrap();
+    (output.status.code().unwrap_or(-1), text(output.stdout), text(output.stderr))
+}
+
+/// Waits until something holds; panics with `what` after ten seconds.
+pub fn eventually(what: &str, holds: impl Fn() -> bool) {
+    let begun = Instant::now();
+    while !holds() {
+        assert!(begun.elapsed() < Duration::from_secs(10), "never came: {what}");
+        std::thread::sleep(Duration::from_millis(10));
+    }
+}
+
+pub fn exists(path: &str) -> bool {
+    Path::new(path).exists()
+}
