@@ -1,4 +1,13 @@
 //! The HTTP contract, on the real program over a real socket; what needs no Python, on the fake engine.
 
+mod auth;
+mod command_line;
+mod contract;
 mod floors;
+mod hostile;
+mod http;
+mod isolation;
+mod lifecycle;
+mod sessions;
+mod supervisor;
 mod support;

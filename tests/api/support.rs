@@ -10,23 +10,23 @@ use std::time::{Duration, Instant};
 use serde_json::Value;
 
 /// The program under test.
-pub const PROGRAM: &str = env!("CARGO_BIN_EXE_codesandbox");
+pub(crate) const PROGRAM: &str = env!("CARGO_BIN_EXE_codesandbox");
 /// A server that says nothing for so long is a failed test.
 const START: Duration = Duration::from_secs(30);
 /// An ordinary user without subordinate ids; no such account needs to exist.
-pub const ORDINARY_USER: u32 = 54_321;
+pub(crate) const ORDINARY_USER: u32 = 54_321;
 
 /// A running server; it is stopped, and its exit awaited, when dropped.
-pub struct Server {
+pub(crate) struct Server {
     child: Child,
-    pub address: String,
+    pub(crate) address: String,
     log: Arc<Mutex<String>>,
     _directory: Option<tempfile::TempDir>,
 }
 
 impl Server {
     /// As whoever runs the tests.
-    pub fn start(flags: &[&str]) -> Server {
+    pub(crate) fn start(flags: &[&str]) -> Server {
         let mut command = Command::new(PROGRAM);
         command.args(flags);
         if !is_root() {
@@ -36,7 +36,7 @@ impl Server {
     }
 
     /// As an ordinary user, where the tests run as root; without a control group of its own.
-    pub fn start_as_ordinary_user(flags: &[&str]) -> Server {
+    pub(crate) fn start_as_ordinary_user(flags: &[&str]) -> Server {
         let (mut command, directory) = as_ordinary_user();
         command.args(flags).args(["--allow-unenforced", "memory,cpus"]);
         Server::spawn(command, Some(directory))
@@ -71,19 +71,19 @@ impl Server {
     }
 
     /// `POST /run`; gives status and answer.
-    pub fn post(&self, body: impl AsRef<str>) -> (u16, Value) {
+    pub(crate) fn post(&self, body: impl AsRef<str>) -> (u16, Value) {
         let (status, _, text) =
             self.request("POST", "/run", &[("content-type", "application/json")], body.as_ref());
         (status, serde_json::from_str(&text).unwrap_or_else(|error| panic!("{error}: {text}")))
     }
 
     /// Runs code as `user_id`; the status has to be 200.
-    pub fn run(&self, user_id: &str, code: &str) -> Value {
+    pub(crate) fn run(&self, user_id: &str, code: &str) -> Value {
         self.run_with(user_id, code, serde_json::json!({}))
     }
 
     /// With more fields, e.g. `json!({"timeout_ms": 500})`.
-    pub fn run_with(&self, user_id: &str, code: &str, fields: Value) -> Value {
+    pub(crate) fn run_with(&self, user_id: &str, code: &str, fields: Value) -> Value {
         let mut body = serde_json::json!({"user_id": user_id, "code": code});
         for (key, value) in fields.as_object().expect("fields are an object") {
             body[key] = value.clone();
@@ -94,7 +94,7 @@ impl Server {
     }
 
     /// Any request: status, headers by lower-case name, body.
-    pub fn request(
+    pub(crate) fn request(
         &self,
         method: &str,
         path: &str,
@@ -125,41 +125,41 @@ impl Server {
         (response.status().as_u16(), headers, text)
     }
 
-    pub fn get(&self, path: &str) -> (u16, String) {
+    pub(crate) fn get(&self, path: &str) -> (u16, String) {
         let (status, _, text) = self.request("GET", path, &[], "");
         (status, text)
     }
 
     /// The value of a series, by its name with labels as Prometheus prints it; 0 where it is not there.
-    pub fn metric(&self, series: &str) -> f64 {
+    pub(crate) fn metric(&self, series: &str) -> f64 {
         let (_, text) = self.get("/metrics");
         let line = text.lines().find_map(|line| line.strip_prefix(series)?.strip_prefix(' '));
         line.map_or(0.0, |value| value.parse().unwrap())
     }
 
     /// A bare connection, for what no client library would send.
-    pub fn connect(&self) -> TcpStream {
+    pub(crate) fn connect(&self) -> TcpStream {
         let stream = TcpStream::connect(&self.address).unwrap();
         stream.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
         stream
     }
 
     /// What it logged so far.
-    pub fn log(&self) -> String {
+    pub(crate) fn log(&self) -> String {
         self.log.lock().unwrap().clone()
     }
 
-    pub fn pid(&self) -> u32 {
+    pub(crate) fn pid(&self) -> u32 {
         self.child.id()
     }
 
-    pub fn signal(&self, signal: i32) {
+    pub(crate) fn signal(&self, signal: i32) {
         // SAFETY: sends a signal to a process that this test started and has not reaped.
         assert_eq!(unsafe { libc::kill(self.child.id() as i32, signal) }, 0);
     }
 
     /// Awaits its exit; gives the status.
-    pub fn wait(&mut self) -> std::process::ExitStatus {
+    pub(crate) fn wait(&mut self) -> std::process::ExitStatus {
         let begun = Instant::now();
         loop {
             if let Some(status) = self.child.try_wait().unwrap() {
@@ -183,7 +183,7 @@ impl Drop for Server {
 }
 
 /// Sends bytes as they are and reads until the server closes or `enough` says so.
-pub fn exchange(stream: &mut TcpStream, bytes: &[u8], enough: impl Fn(&str) -> bool) -> String {
+pub(crate) fn exchange(stream: &mut TcpStream, bytes: &[u8], enough: impl Fn(&str) -> bool) -> String {
     stream.write_all(bytes).unwrap();
     let (mut text, mut buffer) = (String::new(), [0; 65536]);
     while !enough(&text) {
@@ -195,13 +195,13 @@ pub fn exchange(stream: &mut TcpStream, bytes: &[u8], enough: impl Fn(&str) -> b
     text
 }
 
-pub fn is_root() -> bool {
+pub(crate) fn is_root() -> bool {
     // SAFETY: geteuid has no preconditions.
     unsafe { libc::geteuid() == 0 }
 }
 
 /// The program as an ordinary user would start it: no groups, a bare environment, a copy that it can read.
-pub fn as_ordinary_user() -> (Command, tempfile::TempDir) {
+pub(crate) fn as_ordinary_user() -> (Command, tempfile::TempDir) {
     use std::os::unix::fs::PermissionsExt;
     use std::os::unix::process::CommandExt;
     let directory = tempfile::tempdir().unwrap();
@@ -217,7 +217,7 @@ pub fn as_ordinary_user() -> (Command, tempfile::TempDir) {
 }
 
 /// The output of a command line, as a person sees it.
-pub fn command_line(arguments: &[&str], stdin: &str) -> (i32, String, String) {
+pub(crate) fn command_line(arguments: &[&str], stdin: &str) -> (i32, String, String) {
     let mut command = Command::new(PROGRAM);
     let mut child = command
         .args(arguments)
@@ -233,7 +233,7 @@ pub fn command_line(arguments: &[&str], stdin: &str) -> (i32, String, String) {
 }
 
 /// Waits until something holds; panics with `what` after ten seconds.
-pub fn eventually(what: &str, holds: impl Fn() -> bool) {
+pub(crate) fn eventually(what: &str, holds: impl Fn() -> bool) {
     let begun = Instant::now();
     while !holds() {
         assert!(begun.elapsed() < Duration::from_secs(10), "never came: {what}");
@@ -241,6 +241,6 @@ pub fn eventually(what: &str, holds: impl Fn() -> bool) {
     }
 }
 
-pub fn exists(path: &str) -> bool {
+pub(crate) fn exists(path: &str) -> bool {
     Path::new(path).exists()
 }
