@@ -20,7 +20,7 @@ async fn serve(mut stream: DuplexStream) {
     let mut buffer = BytesMut::new();
     while let Some((nonce, kind, payload)) = next(&mut stream, &mut buffer).await {
         let answered = match kind {
-            1 => send(&mut stream, nonce, 129, &[HELLO]).await,
+            1 => send(&mut stream, nonce, 129, &[HELLO.as_bytes()]).await,
             2 => run(&mut stream, &mut buffer, nonce, payload).await,
             _ => Some(()),
         };
@@ -38,32 +38,30 @@ async fn run(stream: &mut DuplexStream, buffer: &mut BytesMut, nonce: u64, paylo
     let code = std::str::from_utf8(&code).ok()?;
     let mut words = code.split(' ');
     let failed = r#"{"kind":"raised","name":"E","value":"v","traceback":"t"}"#;
-    let (changes, payload) = match words.next()? {
+    // Signal, what was said, what stopped it; see the protocol.
+    let ((signal, said, stopped), payload) = match words.next()? {
         "die" => return None,
         "hang" => return std::future::pending().await,
         "garbage" => {
             stream.write_all(&[b'x'; 64]).await.ok()?;
             return Some(());
         }
-        "raise" => (r#""outcome":"error""#, failed),
-        "killed" => (r#""outcome":null,"signal":9"#, ""),
+        "raise" => ((-1, 2, 0), failed),
+        "killed" => ((9, 0, 0), ""),
         "sleep" => {
             let wanted: u64 = words.next()?.parse().ok()?;
             let sleep = tokio::time::sleep(std::time::Duration::from_millis(wanted.min(timeout)));
             tokio::select! {
-                () = sleep => {
-                    let changes = if wanted > timeout { r#""outcome":null,"stopped":"timeout""# } else { r#""outcome":"result""# };
-                    (changes, "null")
-                }
-                _ = next(stream, buffer) => (r#""outcome":null,"stopped":"cancelled""#, ""),
+                () = sleep => (if wanted > timeout { (-1, 0, 1) } else { (-1, 1, 0) }, "null"),
+                _ = next(stream, buffer) => ((-1, 0, 2), ""),
             }
         }
-        _ => {
-            (r#""outcome":"result""#, if data.is_empty() { "null" } else { std::str::from_utf8(&data).ok()? })
-        }
+        _ => ((-1, 1, 0), if data.is_empty() { "null" } else { std::str::from_utf8(&data).ok()? }),
     };
-    let rest = r#""oversized":false,"truncated":[],"run_us":1,"cpu_us":1,"page_faults":1"#;
-    send(stream, nonce, 130, &[&format!("{{{changes},{rest}}}"), payload, "", "", "[\"total 0\"]"]).await
+    let mut report = [0_i32.to_be_bytes(), i32::to_be_bytes(signal)].concat();
+    report.extend([said, stopped, 0]);
+    report.extend([0; 24]);
+    send(stream, nonce, 130, &[&report, payload.as_bytes(), b"", b"", b"[\"total 0\"]"]).await
 }
 
 async fn next(stream: &mut DuplexStream, buffer: &mut BytesMut) -> Option<(u64, u8, Bytes)> {
@@ -81,7 +79,7 @@ async fn next(stream: &mut DuplexStream, buffer: &mut BytesMut) -> Option<(u64, 
     }
 }
 
-async fn send(stream: &mut DuplexStream, nonce: u64, kind: u8, sections: &[&str]) -> Option<()> {
+async fn send(stream: &mut DuplexStream, nonce: u64, kind: u8, sections: &[&[u8]]) -> Option<()> {
     let length: usize = sections.iter().map(|section| 4 + section.len()).sum();
     let mut frame = Vec::new();
     frame.extend_from_slice(&nonce.to_be_bytes());
@@ -89,7 +87,7 @@ async fn send(stream: &mut DuplexStream, nonce: u64, kind: u8, sections: &[&str]
     frame.extend_from_slice(&(length as u32).to_be_bytes());
     for section in sections {
         frame.extend_from_slice(&(section.len() as u32).to_be_bytes());
-        frame.extend_from_slice(section.as_bytes());
+        frame.extend_from_slice(section);
     }
     stream.write_all(&frame).await.ok()
 }

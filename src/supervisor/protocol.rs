@@ -9,7 +9,12 @@
 //! | 2 run | server | the run's | options as JSON, code, data as JSON, stdin |
 //! | 3 interrupt | server | the run's | none |
 //! | 129 hello | supervisor | the attachment's | what it is and sees of its layers, as JSON |
-//! | 130 done | supervisor | the run's | report as JSON, result or error as JSON, stdout, stderr, listing as JSON |
+//! | 130 done | supervisor | the run's | report, result or error as JSON, stdout, stderr, listing as JSON |
+//!
+//! A report is 35 bytes: exit status and signal of the run's process (4 each, -1 for none), what came on its
+//! result pipe (0 nothing, 1 a result, 2 an error), what stopped it (0 nothing, 1 its timeout, 2 an interrupt),
+//! what was cut (bits: 1 stdout, 2 stderr, 4 listing, 8 the result pipe), then wall time and CPU time in
+//! microseconds and minor page faults (8 each).
 //!
 //! What a supervisor sends is a stranger's: a frame that is too long, of an unknown kind or with the wrong
 //! nonce condemns its sandbox, and nobody guesses where the next one starts.

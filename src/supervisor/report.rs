@@ -3,7 +3,7 @@
 use std::borrow::Cow;
 use std::time::Duration;
 
-use bytes::Bytes;
+use bytes::{Buf, Bytes};
 use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 
@@ -143,19 +143,69 @@ impl ErrorKind {
     }
 }
 
-/// What the supervisor tells of the run's process.
-#[derive(Deserialize)]
-struct Facts<'a> {
+/// What the supervisor tells of the run's process: `REPORT` in supervisor.py.
+struct Facts {
     exited: Option<i32>,
     signal: Option<i32>,
-    #[serde(borrow)]
-    outcome: Option<Cow<'a, str>>,
+    said: Said,
+    stopped: Option<Stopped>,
+    truncated: Vec<Field>,
     oversized: bool,
-    stopped: Option<Cow<'a, str>>,
-    truncated: Vec<Cow<'a, str>>,
-    run_us: u64,
-    cpu_us: u64,
+    wall: Duration,
+    cpu: Duration,
     page_faults: u64,
+}
+
+/// What came on the result pipe.
+#[derive(Clone, Copy, PartialEq)]
+enum Said {
+    Nothing,
+    Result,
+    Error,
+}
+
+/// What ended the run from outside.
+#[derive(Clone, Copy)]
+enum Stopped {
+    Timeout,
+    Cancelled,
+}
+
+impl Facts {
+    const BYTES: usize = 35;
+
+    fn parse(mut bytes: Bytes) -> Result<Facts, Violation> {
+        if bytes.len() != Facts::BYTES {
+            return Err(Violation::Content("report"));
+        }
+        let given = |number: i32| (number >= 0).then_some(number);
+        let (exited, signal) = (given(bytes.get_i32()), given(bytes.get_i32()));
+        let said = match bytes.get_u8() {
+            0 => Said::Nothing,
+            1 => Said::Result,
+            2 => Said::Error,
+            _ => return Err(Violation::Content("report")),
+        };
+        let stopped = match bytes.get_u8() {
+            0 => None,
+            1 => Some(Stopped::Timeout),
+            2 => Some(Stopped::Cancelled),
+            _ => return Err(Violation::Content("report")),
+        };
+        let cut = bytes.get_u8();
+        let fields = [(1, Field::Stdout), (2, Field::Stderr), (4, Field::WorkspaceFiles)];
+        Ok(Facts {
+            exited,
+            signal,
+            said,
+            stopped,
+            truncated: fields.into_iter().filter_map(|(bit, field)| (cut & bit != 0).then_some(field)).collect(),
+            oversized: cut & 8 != 0,
+            wall: Duration::from_micros(bytes.get_u64()),
+            cpu: Duration::from_micros(bytes.get_u64()),
+            page_faults: bytes.get_u64(),
+        })
+    }
 }
 
 /// What the run's process told of its own failure.
@@ -174,60 +224,57 @@ const SIGKILL: i32 = 9;
 impl Report {
     pub(super) fn parse(sections: [Bytes; 5], timeout: Duration) -> Result<Report, Violation> {
         let [facts, payload, stdout, stderr, listing] = sections;
-        let facts: Facts<'_> = serde_json::from_slice(&facts).map_err(|_| Violation::Content("report"))?;
+        let mut facts = Facts::parse(facts)?;
         let workspace_files = serde_json::from_slice(&listing).map_err(|_| Violation::Content("listing"))?;
-        let told = match facts.outcome.as_deref() {
-            Some("error") => serde_json::from_slice::<Told>(&payload).ok(),
-            _ => None,
+        let told = match facts.said {
+            Said::Error => serde_json::from_slice::<Told>(&payload).ok(),
+            Said::Result | Said::Nothing => None,
         };
-        let mut truncated: Vec<Field> = facts.truncated.iter().filter_map(|name| field(name)).collect();
+        let mut truncated = std::mem::take(&mut facts.truncated);
         if told.as_ref().is_some_and(|told| told.truncated) {
             truncated.push(Field::Error);
         }
-        let (wall, cpu) = (Duration::from_micros(facts.run_us), Duration::from_micros(facts.cpu_us));
-        let page_faults = facts.page_faults;
-        let outcome = outcome(facts, told, &payload, timeout);
+        let (wall, cpu, page_faults) = (facts.wall, facts.cpu, facts.page_faults);
+        let outcome = outcome(&facts, told, &payload, timeout);
         let (stdout, stderr) = (text(stdout), text(stderr));
         Ok(Report { outcome, stdout, stderr, workspace_files, truncated, wall, cpu, page_faults })
     }
 }
 
 /// What ended the run counts more than what its process says of itself.
-fn outcome(facts: Facts<'_>, told: Option<Told>, payload: &[u8], timeout: Duration) -> Outcome {
-    let traceback = told.as_ref().map(|told| told.traceback.clone()).unwrap_or_default();
+fn outcome(facts: &Facts, told: Option<Told>, payload: &[u8], timeout: Duration) -> Outcome {
     let fail = |kind, name: &str, value: String| Outcome::Failed(ErrorDetail::new(kind, name, value));
-    let stopped = |kind, name: &str, value: String| {
-        Outcome::Failed(ErrorDetail { kind, name: name.into(), value, traceback: traceback.clone() })
-    };
-    match (facts.stopped.as_deref(), told, facts.outcome.as_deref()) {
-        (Some("timeout"), _, _) => {
-            stopped(ErrorKind::Timeout, "TimeoutError", format!("timed out after {} ms", timeout.as_millis()))
-        }
-        (Some(_), _, _) => stopped(ErrorKind::Cancelled, "KeyboardInterrupt", "cancelled".into()),
-        (None, Some(Told { kind, name, value, traceback, truncated: _ }), _) => {
+    match (facts.stopped, told) {
+        (Some(stopped), told) => Outcome::Failed(stopped_by(stopped, told, timeout)),
+        (None, Some(Told { kind, name, value, traceback, truncated: _ })) => {
             Outcome::Failed(ErrorDetail { kind, name, value, traceback })
         }
-        _ if facts.oversized => fail(
-            ErrorKind::ResultTooLarge,
-            "ValueError",
-            "the result pipe got more than any result may have".into(),
-        ),
-        (None, None, Some("result")) => match result(payload) {
+        (None, None) if facts.oversized => {
+            fail(ErrorKind::ResultTooLarge, "ValueError", "the result pipe got more than any result may have".into())
+        }
+        (None, None) if facts.said == Said::Result => match result(payload) {
             Some(result) => Outcome::Result(result),
-            None => {
-                fail(ErrorKind::ResultInvalid, "ValueError", "result is no JSON, or nested too deeply".into())
-            }
+            None => fail(ErrorKind::ResultInvalid, "ValueError", "result is no JSON, or nested too deeply".into()),
         },
-        (None, None, _) => match (facts.signal, facts.exited) {
+        (None, None) => match (facts.signal, facts.exited) {
             (Some(SIGKILL), _) => Outcome::Killed,
-            (Some(signal), _) => {
-                fail(ErrorKind::Crashed, signal_name(signal), format!("killed by signal {signal}"))
-            }
+            (Some(signal), _) => fail(ErrorKind::Crashed, signal_name(signal), format!("killed by signal {signal}")),
             (None, code) => {
                 fail(ErrorKind::Exited, "SystemExit", format!("exited with status {}", code.unwrap_or(-1)))
             }
         },
     }
+}
+
+fn stopped_by(stopped: Stopped, told: Option<Told>, timeout: Duration) -> ErrorDetail {
+    let traceback = told.map(|told| told.traceback).unwrap_or_default();
+    let (kind, name, value) = match stopped {
+        Stopped::Timeout => {
+            (ErrorKind::Timeout, "TimeoutError", format!("timed out after {} ms", timeout.as_millis()))
+        }
+        Stopped::Cancelled => (ErrorKind::Cancelled, "KeyboardInterrupt", "cancelled".into()),
+    };
+    ErrorDetail { kind, name: name.into(), value, traceback }
 }
 
 /// A guest can write to its result pipe what it likes; what we pass on is JSON that clients can parse.
@@ -264,15 +311,6 @@ fn text(bytes: Bytes) -> String {
     }
 }
 
-fn field(name: &str) -> Option<Field> {
-    match name {
-        "stdout" => Some(Field::Stdout),
-        "stderr" => Some(Field::Stderr),
-        "workspace_files" => Some(Field::WorkspaceFiles),
-        _ => None,
-    }
-}
-
 fn signal_name(signal: i32) -> &'static str {
     match signal {
         4 => "SIGILL",
@@ -293,22 +331,30 @@ fn signal_name(signal: i32) -> &'static str {
 mod tests {
     use super::*;
 
-    fn parse(changes: &[(&str, &str)], payload: &str) -> Report {
-        let mut facts = serde_json::json!({
-            "exited": 0, "signal": null, "outcome": null, "oversized": false, "stopped": null, "truncated": [],
-            "run_us": 1, "cpu_us": 1, "page_faults": 1,
-        });
-        for (key, value) in changes {
-            facts[key] = serde_json::from_str(value).unwrap();
-        }
+    /// Exited with 0, nothing said, nothing stopped it.
+    const QUIET: Given = Given { exited: 0, signal: -1, said: 0, stopped: 0, cut: 0 };
+
+    #[derive(Clone, Copy)]
+    struct Given {
+        exited: i32,
+        signal: i32,
+        said: u8,
+        stopped: u8,
+        cut: u8,
+    }
+
+    fn parse(facts: Given, payload: &str) -> Report {
+        let Given { exited, signal, said, stopped, cut } = facts;
+        let mut bytes = [exited.to_be_bytes(), signal.to_be_bytes()].concat();
+        bytes.extend([said, stopped, cut]);
+        bytes.extend([0; 24]);
         let part = |text: &str| Bytes::copy_from_slice(text.as_bytes());
-        let sections =
-            [part(&facts.to_string()), part(payload), part("out"), part(""), part("[\"total 0\"]")];
+        let sections = [bytes.into(), part(payload), part("out"), part(""), part("[\"total 0\"]")];
         Report::parse(sections, Duration::from_secs(1)).unwrap()
     }
 
-    fn kind(changes: &[(&str, &str)], payload: &str) -> ErrorKind {
-        match parse(changes, payload).outcome {
+    fn kind(facts: Given, payload: &str) -> ErrorKind {
+        match parse(facts, payload).outcome {
             Outcome::Failed(detail) => detail.kind,
             other => panic!("{other:?}"),
         }
@@ -317,32 +363,39 @@ mod tests {
     #[test]
     fn what_is_no_json_or_too_deep_is_an_invalid_result() {
         let nested = |depth: usize| "[".repeat(depth) + &"]".repeat(depth);
+        let result = Given { said: 1, ..QUIET };
         for bad in ["", "nan", "{\"a\":}", "1 2", "[[", &nested(MAX_JSON_DEPTH + 1)] {
-            assert_eq!(kind(&[("outcome", "\"result\"")], bad), ErrorKind::ResultInvalid, "{bad}");
+            assert_eq!(kind(result, bad), ErrorKind::ResultInvalid, "{bad}");
         }
-        let deepest = parse(&[("outcome", "\"result\"")], &nested(MAX_JSON_DEPTH));
-        assert!(matches!(deepest.outcome, Outcome::Result(_)));
+        assert!(matches!(parse(result, &nested(MAX_JSON_DEPTH)).outcome, Outcome::Result(_)));
     }
 
     #[test]
     fn what_ended_a_run_counts_more_than_what_it_says() {
         let said = r#"{"kind":"raised","name":"E","value":"v","traceback":"t"}"#;
-        let error = ("outcome", "\"error\"");
-        assert_eq!(kind(&[error], said), ErrorKind::Raised);
-        assert_eq!(kind(&[error, ("stopped", "\"timeout\"")], said), ErrorKind::Timeout);
-        assert_eq!(kind(&[("outcome", "\"result\""), ("stopped", "\"timeout\"")], "3"), ErrorKind::Timeout);
-        assert_eq!(kind(&[error, ("stopped", "\"cancelled\"")], said), ErrorKind::Cancelled);
-        assert_eq!(kind(&[("signal", "11"), ("exited", "null")], ""), ErrorKind::Crashed);
-        assert_eq!(kind(&[("exited", "3")], ""), ErrorKind::Exited);
-        assert_eq!(kind(&[("oversized", "true")], ""), ErrorKind::ResultTooLarge);
-        let killed = parse(&[("signal", "9"), ("exited", "null")], "");
+        let error = Given { said: 2, ..QUIET };
+        assert_eq!(kind(error, said), ErrorKind::Raised);
+        assert_eq!(kind(Given { stopped: 1, ..error }, said), ErrorKind::Timeout);
+        assert_eq!(kind(Given { said: 1, stopped: 1, ..QUIET }, "3"), ErrorKind::Timeout);
+        assert_eq!(kind(Given { stopped: 2, ..error }, said), ErrorKind::Cancelled);
+        assert_eq!(kind(Given { signal: 11, exited: -1, ..QUIET }, ""), ErrorKind::Crashed);
+        assert_eq!(kind(Given { exited: 3, ..QUIET }, ""), ErrorKind::Exited);
+        assert_eq!(kind(Given { cut: 8, ..QUIET }, ""), ErrorKind::ResultTooLarge);
+        let killed = parse(Given { signal: 9, exited: -1, ..QUIET }, "");
         assert!(matches!(killed.outcome, Outcome::Killed));
+    }
+
+    #[test]
+    fn what_was_cut_is_named() {
+        let report = parse(Given { cut: 7, ..QUIET }, "");
+        assert_eq!(report.truncated, [Field::Stdout, Field::Stderr, Field::WorkspaceFiles]);
+        assert_eq!(parse(QUIET, "").truncated, []);
     }
 
     #[test]
     fn a_kind_that_only_we_may_give_is_no_error_of_the_run() {
         for said in [r#"{"kind":"nonsense","name":"","value":"","traceback":""}"#, "[]", ""] {
-            assert_eq!(kind(&[("outcome", "\"error\"")], said), ErrorKind::Exited, "{said}");
+            assert_eq!(kind(Given { said: 2, ..QUIET }, said), ErrorKind::Exited, "{said}");
         }
     }
 

@@ -1,0 +1,263 @@
+#!/usr/bin/env python3
+"""Measures the exec path against its floor, both in one run, and prints ratios.
+
+    cargo build --release && python3 benches/measure.py [--quick]
+
+Times of a noisy machine mean little, so floor and server take turns in short rounds and every figure is
+the median over the rounds. Needs only the standard library; the rate of 8 users needs wrk (Debian: wrk).
+The floor is benches/floor.py under the interpreter that the sandboxes have. Linux, and best as root.
+"""
+
+import argparse, json, os, re, shutil, signal, socket, statistics, subprocess, sys, tempfile, threading, time
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+PROGRAM = os.path.join(HERE, "..", "target", "release", "codesandbox")
+TASK = {"code": "result = x + y", "data": {"x": 1, "y": 2}}
+WRK = """
+local n = 0
+local users = %d
+function request()
+  n = n + 1
+  return wrk.format("POST", "/run", {["content-type"]="application/json"},
+    '{"user_id":"u' .. (id * 100 + n %% users) .. '","code":"result = x + y","data":{"x":1,"y":2}}')
+end
+local threads = 0
+function setup(thread) thread:set("id", threads); threads = threads + 1 end
+"""
+
+
+def median(values):
+    return statistics.median(values)
+
+
+def p50_ms(times):
+    return median(times) * 1000
+
+
+class Floor:
+    def __init__(self, python):
+        self.process = subprocess.Popen(
+            [python, "-I", "-S", os.path.join(HERE, "floor.py")], stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0
+        )
+        self.line = json.dumps(TASK).encode()
+
+    def run(self):
+        os.write(self.process.stdin.fileno(), self.line)
+        assert os.read(self.process.stdout.fileno(), 1 << 16) == b"3"
+
+    def stop(self):
+        self.process.stdin.close()
+        self.process.wait()
+
+
+class Server:
+    def __init__(self, *flags):
+        allow = [] if os.geteuid() == 0 else ["--allow-unenforced", "memory,cpus"]
+        self.process = subprocess.Popen(
+            [PROGRAM, "--listen", "127.0.0.1:0", *allow, *flags], stderr=subprocess.PIPE, text=True
+        )
+        for line in self.process.stderr:
+            found = re.search(r"listening on http://([\d.]+):(\d+)", line)
+            if found:
+                self.address = (found[1], int(found[2]))
+                break
+            sys.stderr.write(line)
+        else:
+            sys.exit("the server did not start")
+        threading.Thread(target=self.process.stderr.read, daemon=True).start()
+
+    def stop(self):
+        self.process.send_signal(signal.SIGTERM)
+        self.process.wait()
+
+    def sandbox_pids(self):
+        """The processes of all sandboxes: what descends from the server, less the launcher's two."""
+        children = {}
+        for pid in filter(str.isdigit, os.listdir("/proc")):
+            try:
+                with open("/proc/%s/stat" % pid) as file:
+                    children.setdefault(int(file.read().rsplit(")", 1)[1].split()[1]), []).append(int(pid))
+            except OSError:
+                pass
+        launcher = children.get(self.process.pid, [])
+        inner = [pid for outer in launcher for pid in children.get(outer, [])]
+        found, pending = [], [pid for one in inner for pid in children.get(one, [])]
+        while pending:
+            pid = pending.pop()
+            found.append(pid)
+            pending.extend(children.get(pid, []))
+        return found
+
+
+class Client:
+    def __init__(self, server, user):
+        self.socket = socket.create_connection(server.address)
+        self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        body = json.dumps({"user_id": user, **TASK}).encode()
+        head = "POST /run HTTP/1.1\r\nhost: a\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n" % len(body)
+        self.request = head.encode() + body
+
+    def run(self):
+        self.socket.sendall(self.request)
+        answer = self.socket.recv(1 << 16)
+        assert b'{"result":3,"workspace_files":["total 0"]}' in answer, answer
+
+    def stop(self):
+        self.socket.close()
+
+
+def timed(target, count, pause):
+    times = []
+    for _ in range(count):
+        begun = time.perf_counter()
+        target.run()
+        times.append(time.perf_counter() - begun)
+        if pause:
+            time.sleep(pause)
+    return times
+
+
+def rate(targets, seconds):
+    """Runs a second of several floors side by side."""
+    counts = [0] * len(targets)
+
+    def work(index):
+        end = time.perf_counter() + seconds
+        while time.perf_counter() < end:
+            targets[index].run()
+            counts[index] += 1
+
+    threads = [threading.Thread(target=work, args=(index,)) for index in range(len(targets))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return sum(counts) / seconds
+
+
+def wrk_rate(server, users, seconds):
+    with tempfile.NamedTemporaryFile("w", suffix=".lua") as script:
+        script.write(WRK % 1)
+        script.flush()
+        command = ["wrk", "-t%d" % users, "-c%d" % users, "-d%ds" % seconds, "-s", script.name, "http://%s:%d" % server.address]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert "Non-2xx" not in text, text
+    return float(re.search(r"Requests/sec:\s+([\d.]+)", text)[1])
+
+
+def pss_kib(pid):
+    with open("/proc/%d/smaps_rollup" % pid) as file:
+        return int(re.search(r"^Pss:\s+(\d+)", file.read(), re.M)[1])
+
+
+def python_of(server):
+    client = socket.create_connection(server.address)
+    body = json.dumps({"user_id": "who", "code": "import sys; result = sys.executable"}).encode()
+    client.sendall(b"POST /run HTTP/1.1\r\nhost: a\r\nconnection: close\r\ncontent-length: %d\r\n\r\n" % len(body) + body)
+    text = b""
+    while part := client.recv(1 << 16):
+        text += part
+    return json.loads(text.split(b"\r\n\r\n")[1])["result"]
+
+
+def row(name, ours, floor, unit, goal):
+    print("%-46s %9.2f %9.2f %-6s %5.2f  goal %s" % (name, ours, floor, unit, ours / floor, goal), flush=True)
+
+
+def warm(rounds, count):
+    server = Server()
+    python = python_of(server)
+    floor, client = Floor(python), Client(server, "warm")
+    for target in (floor, client):
+        timed(target, 50, 0.002)
+    time.sleep(0.2)
+    for name, pause in (("warm run, a pause of 10 ms, p50", 0.01), ("warm run, back to back, p50", 0)):
+        ours, theirs, ratios = [], [], []
+        for _ in range(rounds):
+            theirs.append(p50_ms(timed(floor, count, pause)))
+            ours.append(p50_ms(timed(client, count, pause)))
+            ratios.append(ours[-1] / theirs[-1])
+        row(name, median(ours), median(theirs), "ms", "<= 1.4")
+        print("%46s spread of the ratio: %.2f to %.2f" % ("", min(ratios), max(ratios)))
+    floor.stop()
+    if shutil.which("wrk"):
+        floors = [Floor(python), Floor(python)]
+        ours, theirs = [], []
+        for _ in range(rounds):
+            theirs.append(rate(floors, 2))
+            ours.append(wrk_rate(server, 8, 2))
+        row("8 users at once (two floors)", median(ours), median(theirs), "run/s", ">= 0.65")
+        for one in floors:
+            one.stop()
+    else:
+        print("8 users at once: not measured, wrk is not installed")
+    client.stop()
+    server.stop()
+    return python
+
+
+BARE = "import sys, os, select, struct, gc, time, _signal, _json, site; sys.stdout.write('hello'); sys.stdout.flush(); sys.stdin.read()"
+
+
+def start_bare(python):
+    begun = time.perf_counter()
+    process = subprocess.Popen([python, "-I", "-S", "-c", BARE], stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0)
+    assert process.stdout.read(5) == b"hello"
+    spent = time.perf_counter() - begun
+    process.stdin.close()
+    process.wait()
+    return spent
+
+
+def first_run(python, rounds, count):
+    server = Server("--set", "pool.size=0", "--set", "session.max=5000")
+    ours, theirs, number = [], [], 0
+    for _ in range(rounds):
+        bare, first = [], []
+        for _ in range(count):
+            bare.append(start_bare(python))
+            number += 1
+            client = Client(server, "first%d" % number)
+            first.extend(timed(client, 1, 0))
+            client.stop()
+        ours.append(p50_ms(first))
+        theirs.append(p50_ms(bare))
+    row("first run of a new user, no pool, p50", median(ours), median(theirs), "ms", "<= 1.5, and <= 60 ms")
+    server.stop()
+
+
+def live(count):
+    server = Server("--set", "pool.size=0", "--set", "session.max=%d" % (count + 1))
+    begun = time.perf_counter()
+    for number in range(count):
+        client = Client(server, "live%d" % number)
+        client.run()
+        client.stop()
+    spent = time.perf_counter() - begun
+    time.sleep(2)
+    pids = server.sandbox_pids()
+    total = sum(pss_kib(pid) for pid in pids)
+    print("%d live sessions: %d processes, started at %.0f/s, %.2f MiB PSS each (goal <= 8)"
+          % (count, len(pids), count / spent, total / 1024 / count))
+    client = Client(server, "live0")
+    times = timed(client, 50, 0.01)
+    print("%46s a warm run among them: %.2f ms" % ("", p50_ms(times)))
+    server.stop()
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="fewer rounds: about 30 s")
+    parser.add_argument("--live", type=int, default=500, help="sessions for the memory measurement (0: none)")
+    arguments = parser.parse_args()
+    if not os.path.exists(PROGRAM):
+        sys.exit("build it first: cargo build --release")
+    rounds, count = (3, 60) if arguments.quick else (9, 150)
+    print("%-46s %9s %9s %-6s %5s" % ("", "server", "floor", "", "ratio"))
+    python = warm(rounds, count)
+    first_run(python, rounds, 5 if arguments.quick else 15)
+    if arguments.live:
+        live(arguments.live)
+
+
+main()
