@@ -38,7 +38,7 @@ struct Cli {
 #[derive(Debug, Args)]
 struct Options {
     /// The configuration file [default: /etc/codesandbox/codesandbox.toml where it exists]
-    #[arg(long, global = true, value_name = "FILE", env = "CODESANDBOX_CONFIG_FILE")]
+    #[arg(long, global = true, value_name = "FILE")]
     config: Option<PathBuf>,
     /// Where to serve HTTP, e.g. 127.0.0.1:5000
     #[arg(long, global = true, value_name = "ADDRESS")]

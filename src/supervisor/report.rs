@@ -199,7 +199,10 @@ impl Facts {
             signal,
             said,
             stopped,
-            truncated: fields.into_iter().filter_map(|(bit, field)| (cut & bit != 0).then_some(field)).collect(),
+            truncated: fields
+                .into_iter()
+                .filter_map(|(bit, field)| (cut & bit != 0).then_some(field))
+                .collect(),
             oversized: cut & 8 != 0,
             wall: Duration::from_micros(bytes.get_u64()),
             cpu: Duration::from_micros(bytes.get_u64()),
@@ -249,16 +252,22 @@ fn outcome(facts: &Facts, told: Option<Told>, payload: &[u8], timeout: Duration)
         (None, Some(Told { kind, name, value, traceback, truncated: _ })) => {
             Outcome::Failed(ErrorDetail { kind, name, value, traceback })
         }
-        (None, None) if facts.oversized => {
-            fail(ErrorKind::ResultTooLarge, "ValueError", "the result pipe got more than any result may have".into())
-        }
+        (None, None) if facts.oversized => fail(
+            ErrorKind::ResultTooLarge,
+            "ValueError",
+            "the result pipe got more than any result may have".into(),
+        ),
         (None, None) if facts.said == Said::Result => match result(payload) {
             Some(result) => Outcome::Result(result),
-            None => fail(ErrorKind::ResultInvalid, "ValueError", "result is no JSON, or nested too deeply".into()),
+            None => {
+                fail(ErrorKind::ResultInvalid, "ValueError", "result is no JSON, or nested too deeply".into())
+            }
         },
         (None, None) => match (facts.signal, facts.exited) {
             (Some(SIGKILL), _) => Outcome::Killed,
-            (Some(signal), _) => fail(ErrorKind::Crashed, signal_name(signal), format!("killed by signal {signal}")),
+            (Some(signal), _) => {
+                fail(ErrorKind::Crashed, signal_name(signal), format!("killed by signal {signal}"))
+            }
             (None, code) => {
                 fail(ErrorKind::Exited, "SystemExit", format!("exited with status {}", code.unwrap_or(-1)))
             }

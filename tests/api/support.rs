@@ -244,3 +244,85 @@ pub(crate) fn eventually(what: &str, holds: impl Fn() -> bool) {
 pub(crate) fn exists(path: &str) -> bool {
     Path::new(path).exists()
 }
+
+/// The value of a header, by its lower-case name.
+pub(crate) fn header<'a>(headers: &'a [(String, String)], name: &str) -> Option<&'a str> {
+    headers.iter().find(|(key, _)| key == name).map(|(_, value)| value.as_str())
+}
+
+/// An answer as it came over a bare connection.
+#[derive(Debug)]
+pub(crate) struct Answer {
+    pub(crate) status: u16,
+    pub(crate) headers: Vec<(String, String)>,
+    pub(crate) body: String,
+}
+
+/// A bare connection that gives one answer after the other.
+pub(crate) struct Wire {
+    pub(crate) stream: TcpStream,
+    unread: Vec<u8>,
+}
+
+impl Wire {
+    pub(crate) fn new(server: &Server) -> Wire {
+        Wire { stream: server.connect(), unread: Vec::new() }
+    }
+
+    /// Writes bytes as they are; a server that has closed meanwhile is told by `answer`.
+    pub(crate) fn send(&mut self, bytes: impl AsRef<[u8]>) {
+        let _ = self.stream.write_all(bytes.as_ref());
+    }
+
+    /// The next answer with its body; `None` where the connection ended before.
+    pub(crate) fn answer(&mut self) -> Option<Answer> {
+        let mut answer = self.head()?;
+        let length = header(&answer.headers, "content-length").map_or(0, |value| value.parse().unwrap());
+        while self.unread.len() < length {
+            self.fill()?;
+        }
+        answer.body = String::from_utf8(self.unread.drain(..length).collect()).unwrap();
+        Some(answer)
+    }
+
+    /// The next answer's status and headers; what follows is left unread.
+    pub(crate) fn head(&mut self) -> Option<Answer> {
+        let end = loop {
+            match self.unread.windows(4).position(|bytes| bytes == b"\r\n\r\n") {
+                Some(end) => break end + 4,
+                None => self.fill()?,
+            }
+        };
+        let text = String::from_utf8(self.unread.drain(..end).collect()).unwrap();
+        let mut lines = text.lines();
+        let status = lines.next()?.split(' ').nth(1)?.parse().ok()?;
+        let headers = lines.filter_map(|line| line.split_once(": "));
+        let headers = headers.map(|(name, value)| (name.to_lowercase(), value.to_owned())).collect();
+        Some(Answer { status, headers, body: String::new() })
+    }
+
+    /// Whether the server has closed, with nothing unread.
+    pub(crate) fn is_closed(&mut self) -> bool {
+        self.unread.is_empty() && self.fill().is_none()
+    }
+
+    fn fill(&mut self) -> Option<()> {
+        let mut buffer = [0; 65536];
+        match self.stream.read(&mut buffer) {
+            Ok(length) if length > 0 => self.unread.extend_from_slice(&buffer[..length]),
+            Err(error) if matches!(error.kind(), std::io::ErrorKind::WouldBlock) => {
+                panic!("the server neither answers nor closes")
+            }
+            _ => return None,
+        }
+        Some(())
+    }
+}
+
+/// The bytes of a `POST /run`.
+pub(crate) fn post_bytes(body: &str) -> String {
+    format!(
+        "POST /run HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {}\r\n\r\n{body}",
+        body.len()
+    )
+}
