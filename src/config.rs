@@ -20,8 +20,8 @@ pub const SYSTEM_FILE: &str = "/etc/codesandbox/codesandbox.toml";
 const PREFIX: &str = "CODESANDBOX_";
 /// Below this not even the supervisor lives.
 const LEAST_MEMORY: ByteSize = ByteSize::mib(32);
-/// The supervisor, the interpreter that it holds ready, and one of the guest's own.
-const LEAST_PROCESSES: u64 = 3;
+/// The supervisor, its forker, the run itself, and one process of its own.
+const LEAST_PROCESSES: u64 = 4;
 /// Above this a number of seconds overflows somewhere: a hundred years.
 const LONGEST: Duration = Duration::from_secs(100 * 365 * 86_400);
 
@@ -358,7 +358,7 @@ impl Layers {
         need(
             limits.processes >= LEAST_PROCESSES,
             "limits.processes",
-            "must be at least 3: two are the supervisor's",
+            "must be at least 4: two are the supervisor's",
         )?;
         need((0.01..=4096.0).contains(&limits.cpus), "limits.cpus", "must be from 0.01 to 4096")?;
         need(
@@ -438,7 +438,7 @@ mod tests {
             ("limits.memory", "100MiB", "limits.workspace"),
             ("limits.memory", "many", ""),
             ("limits.cpus", "0", "0.01"),
-            ("limits.processes", "2", "3"),
+            ("limits.processes", "3", "at least 4"),
             ("limits.grace", "0s", "0s"),
             ("limits.nonsense", "1", "expected one of"),
             ("nonsense", "1", "expected one of"),

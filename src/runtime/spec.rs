@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 pub struct SandboxSpec {
     /// Memory of all its processes and files together, in bytes; swap is none.
     pub memory_bytes: u64,
-    /// Processes and threads alive at once, the supervisor's two among them.
+    /// Processes and threads alive at once, the two of the supervisor among them.
     pub processes: u64,
     /// Cores' worth of CPU time.
     pub cpus: f64,

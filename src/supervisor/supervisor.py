@@ -1,11 +1,14 @@
 # PID 1 of every sandbox: keeps one interpreter forked in advance and hands it the code of the next run.
 #
+# Three processes: the supervisor (PID 1) talks to the server, the forker holds the next interpreter ready,
+# and the run's own process executes the guest's code.
+#
 # Only the standard library, Python 3.8 to 3.14, and as few imports as can be: each costs every sandbox
 # a part of its start (`signal` alone 4 ms, through enum; hence `_signal`). The frames on descriptors 0
 # and 1 are described in protocol.rs. What a run can reach is its own process: it gets its stdin, stdout,
 # stderr and the result pipe, and everything that it changed dies with it.
 import gc, os, select, struct, sys, time
-import _signal, _stat
+import _signal, _socket, _stat
 
 HELLO, RUN, INTERRUPT = 1, 2, 3
 HELLO_ANSWER, DONE = 129, 130
@@ -13,6 +16,9 @@ HEADER = struct.Struct(">QBI")  # nonce, kind, length of the payload
 OUTCOME = struct.Struct(">BI")  # what the run's process says of itself: kind, length
 RESULT, ERROR = 1, 2
 REPORT = struct.Struct(">iiBBBQQQ")  # see protocol.rs
+FORKED = struct.Struct("=i")  # what the forker says: the pid of an interpreter that waits, its descriptors beside it
+DESCRIPTORS = struct.Struct("=4i")
+ENDED = struct.Struct("=iQQ")  # then of the same one: wait status, CPU time in microseconds, minor page faults
 NOTHING = -1
 TIMEOUT, CANCELLED = 1, 2
 EMPTY = b'["total 0"]'
@@ -21,7 +27,7 @@ LENGTH = struct.Struct(">I")
 WORKSPACE = "/workspace"
 CODE_NAME = "<code>"  # the guest's code in its tracebacks
 MOST_DESCRIPTORS = 64  # this file opens about 15
-LINGER_S = 0.2  # how long pipes held open by a dying process may delay an answer
+ATTEMPTS = 3  # to begin a run, before the sandbox is given up
 REAP_S = 5.0  # a process that outlives SIGKILL by this much condemns the sandbox
 LISTING_BYTES = 512 * 1024  # a name may be 255 bytes of escapes, so lines alone are no bound
 
@@ -358,15 +364,13 @@ def narrow(rlimits):
 def run_process(task, out, err, result, limits):
     """The whole life of a forked interpreter: wait for the task, run it, tell the outcome."""
     pid = os.getpid()
-    _signal.set_wakeup_fd(-1)
-    _signal.signal(_signal.SIGCHLD, _signal.SIG_DFL)
     os.setsid()
-    null = os.open(os.devnull, os.O_RDWR)
-    for source, target in ((null, 0), (out, 1), (err, 2)):
-        os.dup2(source, target)
+    os.dup2(out, 1), os.dup2(err, 2)  # 0 is the forker's own, which is empty
     low, high = sorted((task, result))
     for first, last in ((3, low), (low + 1, high), (high + 1, MOST_DESCRIPTORS)):
         os.closerange(first, last)
+    if not select.select([task], [], [], 0)[0]:  # nobody waits yet
+        warm_up()
     (length,) = LENGTH.unpack(read_exactly(task, LENGTH.size))
     source, data, stdin = split(read_exactly(task, length))
     os.close(task)
@@ -388,20 +392,9 @@ def run_process(task, out, err, result, limits):
 class Interpreter:
     """An interpreter forked in advance, waiting for its one task."""
 
-    def __init__(self, limits):
-        task, self.task = os.pipe()
-        self.out, out = os.pipe()
-        self.err, err = os.pipe()
-        self.result, result = os.pipe()
-        self.pid = os.fork()
-        if self.pid == 0:
-            try:
-                run_process(task, out, err, result, limits)
-                os._exit(0)
-            finally:
-                os._exit(70)
-        for fd in (task, out, err, result):
-            os.close(fd)
+    def __init__(self, pid, descriptors):
+        self.pid = pid
+        self.task, self.out, self.err, self.result = descriptors
         for fd in (self.out, self.err, self.result):
             os.set_blocking(fd, False)
 
@@ -419,6 +412,82 @@ class Interpreter:
     def close(self):
         for fd in (self.out, self.err, self.result):
             os.close(fd)
+
+
+# -- the forker --------------------------------------------------------------------------------------
+#
+# After a fork the first write to each page costs its copy, in both processes: 3.5 us each where this was
+# measured, and the supervisor writes to 150 in a run. So it forks one process that does nothing but fork and
+# touches fewer; and that works while the supervisor answers. A guest can kill the forker or stop it, since
+# they have one uid: that run has failed then, and there is a new forker.
+
+
+def fork_forever(socket, limits):
+    """Holds one interpreter ready; when that has ended, kills what it left behind, tells, forks the next."""
+    while True:
+        pipes = [os.pipe() for _ in range(4)]
+        (task, give), (out_read, out), (err_read, err), (result_read, result) = pipes
+        pid = os.fork()
+        if pid == 0:
+            run_process(task, out, err, result, limits)
+            os._exit(0)
+        ancillary = DESCRIPTORS.pack(give, out_read, err_read, result_read)
+        socket.sendmsg([FORKED.pack(pid)], [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, ancillary)])
+        for pair in pipes:
+            os.close(pair[0]), os.close(pair[1])
+        _, status, usage = os.wait4(pid, 0)
+        end = None
+        while kill_all():  # all but PID 1, which collects them, and this process
+            end = end or time.monotonic() + REAP_S
+            if time.monotonic() > end:
+                os._exit(1)
+            time.sleep(0.0005)
+        cpu_us = int((usage.ru_utime + usage.ru_stime) * 1e6)
+        socket.send(ENDED.pack(status, cpu_us, usage.ru_minflt))
+
+
+def become_forker(socket):
+    """Lets go of all that is the supervisor's: its signals and its descriptors."""
+    _signal.set_wakeup_fd(-1)
+    _signal.signal(_signal.SIGCHLD, _signal.SIG_DFL)
+    null = os.open(os.devnull, os.O_RDWR)
+    for target in (0, 1, 2):
+        os.dup2(null, target)
+    os.closerange(3, socket), os.closerange(socket + 1, MOST_DESCRIPTORS)
+
+
+class Forker:
+    """The supervisor's side of the process that forks."""
+
+    def __init__(self, limits):
+        self.socket, theirs = _socket.socketpair(_socket.AF_UNIX, _socket.SOCK_SEQPACKET)
+        self.pid = os.fork()
+        if self.pid == 0:
+            try:
+                become_forker(theirs.fileno())
+                fork_forever(theirs, limits)
+            finally:
+                os._exit(70)
+        theirs.close()
+        self.fd = self.socket.fileno()
+
+    def next(self):
+        """The interpreter that waits; None where the forker is dead."""
+        try:
+            data, ancillary, _, _ = self.socket.recvmsg(FORKED.size, _socket.CMSG_SPACE(DESCRIPTORS.size))
+        except ConnectionResetError:
+            return None
+        if not data:
+            return None
+        return Interpreter(*FORKED.unpack(data), DESCRIPTORS.unpack(ancillary[0][2]))
+
+    def ended(self):
+        """How the last interpreter ended: wait status, CPU time, page faults; None where the forker is dead."""
+        try:
+            data = self.socket.recv(ENDED.size)
+        except ConnectionResetError:
+            return None
+        return ENDED.unpack(data) if data else None
 
 
 # -- the supervisor ----------------------------------------------------------------------------------
@@ -467,8 +536,9 @@ class Run:
         self.out = Capture(interpreter.out, limits["stdout"])
         self.err = Capture(interpreter.err, limits["stderr"])
         self.result = Capture(interpreter.result, OUTCOME.size + max(limits["result"], 16 * limits["error"]))
-        self.status = self.usage = None
+        self.status, self.cpu_us, self.page_faults = None, 0, 0
         self.why = 0
+        self.forker_died = False
         self.grace = limits["grace_ms"] / 1000
         self.deadline = time.monotonic() + timeout_ms / 1000
         self.killed = False
@@ -478,16 +548,25 @@ class Run:
         if not self.why:
             self.why = why
             self.deadline = time.monotonic() + self.grace
-            if self.status is None:
+            try:
                 os.kill(self.interpreter.pid, _signal.SIGINT)
+            except ProcessLookupError:
+                pass  # it has just ended; the forker is about to say so
 
     def expire(self):
         if not self.why:
             self.interrupt(TIMEOUT)
         else:
             self.killed = True
-            kill_all()
+            kill_all()  # the forker, too
             self.deadline = time.monotonic() + REAP_S
+
+    def end(self, ended):
+        """The forker's word on the run's process; where it has none it is dead, and everything else is to be."""
+        if ended:
+            self.status, self.cpu_us, self.page_faults = ended
+        else:
+            self.status, self.forker_died = _signal.SIGKILL, True
 
     def wait(self):
         """Serves the run's pipes, signals and deadline until its process has ended."""
@@ -538,7 +617,7 @@ class Supervisor:
         self.backlog = []
         self.empty_since = None
         self.limits = None
-        self.interpreter = None
+        self.forker = None
         self.poller = select.poll()
         self.child_ended, wake = os.pipe()
         for fd in (self.child_ended, wake):
@@ -550,16 +629,14 @@ class Supervisor:
             self.poller.register(fd, select.POLLIN)
 
     def serve(self, fd, run):
-        """What may happen beside a run's pipes: a process ended, or the server says something."""
+        """What may happen beside a run's pipes: its process ended, another one did, or the server says something."""
         if fd == 0:
             self.input.fill()
             self.listen(run)
+        elif fd == self.forker.fd:
+            run.end(self.forker.ended())
         else:
-            try:
-                os.read(self.child_ended, 4096)
-            except BlockingIOError:
-                pass
-            self.reap(run)
+            self.reap()
 
     def listen(self, run):
         """Obeys an interrupt of this run; keeps every other frame for later."""
@@ -572,27 +649,32 @@ class Supervisor:
             elif frame[0] == run.nonce:
                 run.interrupt(CANCELLED)
 
-    def reap(self, run=None):
-        """Collects the processes that ended; False where none is left."""
-        while True:
-            try:
-                pid, status, usage = os.wait4(-1, os.WNOHANG)
-            except ChildProcessError:
-                return False
-            if pid == 0:
-                return True
-            if run and pid == run.interpreter.pid:
-                run.status, run.usage = status, usage
+    def reap(self):
+        """Collects the processes that ended."""
+        try:
+            os.read(self.child_ended, 4096)
+        except BlockingIOError:
+            pass
+        try:
+            while os.waitpid(-1, os.WNOHANG)[0]:
+                pass
+        except ChildProcessError:
+            pass
 
-    def clear(self, within):
-        """Kills and collects until nothing is left; False where that takes longer."""
-        end = time.monotonic() + within
-        while kill_all() or self.reap():
-            if time.monotonic() > end:
-                return False
+    def fork_anew(self):
+        """A forker that knows what this process knows now, in place of one that is dead or is to be."""
+        if self.forker:
+            self.poller.unregister(self.forker.fd)
+            self.forker.socket.close()
+            end = time.monotonic() + REAP_S
+            while kill_all():
+                if time.monotonic() > end:
+                    os._exit(1)  # something outlives SIGKILL: the sandbox is of no more use
+                self.reap()
+                time.sleep(0.0005)
             self.reap()
-            time.sleep(0.0005)
-        return True
+        self.forker = Forker(self.limits)
+        self.poller.register(self.forker.fd, select.POLLIN)
 
     def hello(self, nonce, payload):
         self.limits = loads(split(payload)[0].decode())
@@ -603,23 +685,27 @@ class Supervisor:
         options, *task = split(payload)
         del payload
         options = loads(options.decode())
-        interpreter, self.interpreter = self.interpreter, None
-        while not interpreter.give(task):
-            interpreter.close()
-            self.reap()
-            interpreter = Interpreter(self.limits)
+        interpreter = self.begin(task)
         begun = time.monotonic()
         run = Run(self, interpreter, nonce, options["timeout_ms"])
         run.wait()
         spent = time.monotonic() - begun
-        cleared = self.clear(LINGER_S)
+        if run.forker_died:
+            self.fork_anew()
         run.drain()
         send(nonce, DONE, *self.answer(run, spent))
         interpreter.close()
-        if not cleared and not self.clear(REAP_S):
-            os._exit(1)
-        del run, task  # the next interpreter inherits neither this output nor this code
-        self.interpreter = Interpreter(self.limits)
+
+    def begin(self, task):
+        """An interpreter that has the task. One that died waiting has not begun it, so another one may."""
+        for _ in range(ATTEMPTS):
+            interpreter = self.forker.next()
+            if interpreter and interpreter.give(task):
+                return interpreter
+            if interpreter:
+                interpreter.close()
+            self.fork_anew()
+        os._exit(1)
 
     def answer(self, run, spent):
         outcome = first_frame(run.result.bytes(), self.limits)
@@ -631,21 +717,16 @@ class Supervisor:
             run.why,
             run.out.cut | run.err.cut << 1 | cut << 2 | run.result.cut << 3,
             int(spent * 1e6),
-            int((run.usage.ru_utime + run.usage.ru_stime) * 1e6),
-            run.usage.ru_minflt,
+            run.cpu_us,
+            run.page_faults,
         )
         return report, outcome[1] if outcome else b"", run.out.bytes(), run.err.bytes(), lines
 
-    def fork_anew(self):
-        """An interpreter that knows what this process knows now; one that waits is ended unused."""
-        if self.interpreter:
-            os.close(self.interpreter.task)
-            self.interpreter.close()
-            self.clear(REAP_S)
-        self.interpreter = Interpreter(self.limits)
-
     def listing(self):
-        """The listing as JSON, and whether it was cut; an empty workspace whose ctime has not moved is still empty, and nobody sets a ctime."""
+        """The listing as JSON, and whether it was cut.
+
+        An empty workspace whose ctime has not moved is still empty: nobody can set a ctime.
+        """
         changed = os.stat(WORKSPACE).st_ctime_ns
         if changed == self.empty_since:
             return EMPTY, False
@@ -809,10 +890,9 @@ def add_packages():
 
 
 def warm_up():
-    """One run of nothing, so that its page faults happen here once and not in every interpreter."""
+    """One run of nothing, so that its page faults happen before somebody waits."""
     exec(compile("result = x + 1\nfor _ in range(3): f'{_}'", CODE_NAME, "exec"), {"x": 1})
     encode_result(loads('{"a": [1, 2.5, "x"]}'), 1 << 20)
-    listing(WORKSPACE, 10)
     sys.stdout.reconfigure(line_buffering=True)  # what was printed before a kill must not be lost
 
 
