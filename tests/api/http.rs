@@ -604,7 +604,7 @@ fn whatever_a_body_holds_the_connection_lives_and_nothing_is_5xx() {
     let mut wire = Wire::new(&server);
     let whole = r#"{"user_id":"u","code":"result = x","data":{"x":[1,2.5,"a",null]},"mode":"fresh","timeout_ms":500,"stdin":""}"#;
     let mut statuses = std::collections::BTreeMap::new();
-    for turn in 0..4000 {
+    for turn in 0..3000 {
         let mut body = whole.as_bytes().to_vec();
         for _ in 0..=random.below(3) {
             random.mutate(&mut body);

@@ -95,7 +95,8 @@ fn ends_without_a_trace(mut server: Server, before: &[u32]) {
     let pid = server.pid();
     let status = server.wait();
     assert_eq!(status.code(), Some(0), "{}", server.log());
-    let alive = || before.iter().filter(|pid| Path::new(&format!("/proc/{pid}")).exists()).collect::<Vec<_>>();
+    let alive =
+        || before.iter().filter(|pid| Path::new(&format!("/proc/{pid}")).exists()).collect::<Vec<_>>();
     eventually("its processes are gone", || alive().is_empty());
     assert_eq!(control_groups(pid), Vec::<String>::new());
 }
@@ -131,7 +132,11 @@ fn a_server_without_a_run_stops_at_once() {
     let begun = Instant::now();
     server.signal(libc::SIGTERM);
     assert!(server.wait().success());
-    assert!(begun.elapsed() < Duration::from_secs(3), "connections that idle hold nobody up: {:?}", begun.elapsed());
+    assert!(
+        begun.elapsed() < Duration::from_secs(3),
+        "connections that idle hold nobody up: {:?}",
+        begun.elapsed()
+    );
 }
 
 #[test]
@@ -248,7 +253,8 @@ fn the_pool_refills_after_each_claim() {
 #[test]
 fn a_full_house_has_room_again_after_an_end() {
     let server = server(&["--set", "session.max=2", "--set", "session.idle_timeout=500ms"]);
-    let try_run = |user_id: &str| server.post(json!({"user_id": user_id, "code": "result = 1"}).to_string()).0;
+    let try_run =
+        |user_id: &str| server.post(json!({"user_id": user_id, "code": "result = 1"}).to_string()).0;
     assert_eq!((try_run("a"), try_run("b"), try_run("c")), (200, 200, 429));
     server.request("DELETE", "/sessions/a", &[], "");
     assert_eq!((try_run("c"), try_run("d")), (200, 429));

@@ -10,13 +10,13 @@ use crate::support::{Server, is_root};
 /// Caps small enough to stand at their edges.
 const CAPS: [&str; 10] = [
     "--set",
-    "limits.stdout=1000",
+    "limits.stdout=1024",
     "--set",
-    "limits.stderr=1000",
+    "limits.stderr=1024",
     "--set",
-    "limits.result=1000",
+    "limits.result=1024",
     "--set",
-    "limits.error=500",
+    "limits.error=1024",
     "--set",
     "limits.listing=10",
 ];
@@ -56,13 +56,14 @@ fn integers_of_any_size_pass_unchanged_both_ways() {
 fn floats_keep_their_last_bit() {
     let server = Server::start(&[]);
     let numbers = [0.1, -0.0, 5e-324, f64::MAX, f64::MIN_POSITIVE, 1.0 / 3.0, 1e22, 123456789.12345679, 1.0];
-    let code = "import struct\nresult = [x, struct.pack('>d', x).hex(), type(x).__name__]";
+    let code = r"import struct\nresult = [x, struct.pack('>d', x).hex(), type(x).__name__]";
     for number in numbers {
-        let answer = server.run_with("u", code, json!({"data": {"x": number}}));
-        let bits = format!("{:016x}", number.to_bits());
-        assert_eq!(answer["result"][1], json!(bits), "{number:e}: {answer}");
-        assert_eq!(answer["result"][0].as_f64().unwrap().to_bits(), number.to_bits(), "{answer}");
-        assert_eq!(answer["result"][2], "float");
+        let body = format!(r#"{{"user_id":"u","code":"{code}","data":{{"x":{number:?}}}}}"#);
+        let text = raw(&server, &body);
+        // Not by serde_json, which may be off by one in the last bit.
+        let back: f64 = text[text.find('[').unwrap() + 1..text.find(',').unwrap()].parse().unwrap();
+        assert_eq!(back.to_bits(), number.to_bits(), "{number:e}: {text}");
+        assert!(text.contains(&format!(r#""{:016x}","float"]"#, number.to_bits())), "{number:e}: {text}");
     }
 }
 
@@ -119,11 +120,11 @@ fn output_at_its_cap_passes_and_a_byte_more_is_cut() {
     let server = Server::start(&CAPS);
     for (fd, field) in [(1, "stdout"), (2, "stderr")] {
         let write = |bytes: usize| server.run("u", &format!("import os\nos.write({fd}, b'x' * {bytes})"));
-        let full = write(1000);
-        assert_eq!(full[field].as_str().unwrap().len(), 1000, "{full}");
+        let full = write(1024);
+        assert_eq!(full[field].as_str().unwrap().len(), 1024, "{full}");
         assert_eq!(full.get("truncated"), None, "{full}");
-        let cut = write(1001);
-        assert_eq!(cut[field].as_str().unwrap().len(), 1000, "{cut}");
+        let cut = write(1025);
+        assert_eq!(cut[field].as_str().unwrap().len(), 1024, "{cut}");
         assert_eq!(cut["truncated"], json!([field]), "{cut}");
         assert_eq!(kind(&cut), "ok", "output beyond its cap is dropped, not an error: {cut}");
     }
@@ -132,7 +133,7 @@ fn output_at_its_cap_passes_and_a_byte_more_is_cut() {
 #[test]
 fn a_character_cut_in_two_is_replaced() {
     let server = Server::start(&CAPS);
-    let answer = server.run("u", "print('x' * 999 + 'é')");
+    let answer = server.run("u", "print('x' * 1023 + 'é')");
     assert!(answer["stdout"].as_str().unwrap().ends_with("x\u{fffd}"), "{answer}");
     assert_eq!(answer["truncated"], json!(["stdout"]));
 }
@@ -140,14 +141,14 @@ fn a_character_cut_in_two_is_replaced() {
 #[test]
 fn a_result_at_its_cap_passes_and_a_byte_more_does_not() {
     let server = Server::start(&CAPS);
-    let answer = server.run("u", "result = 'x' * 998"); // and two quotes
-    assert_eq!(answer["result"].as_str().unwrap().len(), 998, "{answer}");
-    let answer = server.run("u", "result = 'x' * 999");
+    let answer = server.run("u", "result = 'x' * 1022"); // and two quotes
+    assert_eq!(answer["result"].as_str().unwrap().len(), 1022, "{answer}");
+    let answer = server.run("u", "result = 'x' * 1023");
     assert_eq!(kind(&answer), "result_too_large", "{answer}");
-    assert!(answer["error"].as_str().unwrap().contains("1001 bytes"), "{answer}");
-    let answer = server.run("u", "result = 'é' * 499");
+    assert!(answer["error"].as_str().unwrap().contains("1025 bytes"), "{answer}");
+    let answer = server.run("u", "result = 'é' * 511");
     assert_eq!(kind(&answer), "ok", "bytes count, as they are sent: {answer}");
-    assert_eq!(kind(&server.run("u", "result = 'é' * 500")), "result_too_large");
+    assert_eq!(kind(&server.run("u", "result = 'é' * 512")), "result_too_large");
 }
 
 #[test]
@@ -158,10 +159,10 @@ fn error_text_at_its_cap_passes_and_a_byte_more_is_cut() {
     };
     let traceback = |answer: &Value| answer["error_detail"]["traceback"].as_str().unwrap().len();
     let around = traceback(&fail(0)) + ": ".len();
-    let full = fail(500 - around);
-    assert_eq!((traceback(&full), full.get("truncated")), (500, None), "{full}");
-    let cut = fail(501 - around);
-    assert_eq!((traceback(&cut), &cut["truncated"]), (500, &json!(["error"])), "{cut}");
+    let full = fail(1024 - around);
+    assert_eq!((traceback(&full), full.get("truncated")), (1024, None), "{full}");
+    let cut = fail(1025 - around);
+    assert_eq!((traceback(&cut), &cut["truncated"]), (1024, &json!(["error"])), "{cut}");
 }
 
 #[test]
@@ -224,7 +225,7 @@ fn a_run_that_ignores_the_interrupt_is_killed_with_all_its_processes() {
     let code = "import os, signal\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\nprint('before')\nfor n in range(3):\n if os.fork() == 0: os.setsid()\nwhile True: pass";
     let answer = server.run_with("u", code, json!({"timeout_ms": 300}));
     assert_eq!((kind(&answer), &answer["stdout"]), ("timeout", &json!("before\n")), "{answer}");
-    assert_eq!(processes(&server, "u"), json!([1]));
+    assert!([json!([]), json!([1])].contains(&processes(&server, "u")), "{}", processes(&server, "u"));
 }
 
 #[test]
@@ -254,9 +255,9 @@ fn the_exit_status_and_the_signal_are_told() {
     assert_eq!(answer["error_detail"]["name"], "SIGTERM", "{answer}");
 }
 
-/// The processes that a run of the user sees beside itself.
+/// The processes that a run of the user sees beside itself and the one that forked it.
 fn processes(server: &Server, user: &str) -> Value {
-    let code = "import os\nresult = sorted(int(p) for p in os.listdir('/proc') if p.isdigit() and int(p) != os.getpid())";
+    let code = "import os\nours = (os.getpid(), os.getppid())\nresult = sorted(int(p) for p in os.listdir('/proc') if p.isdigit() and int(p) not in ours)";
     server.run(user, code)["result"].clone()
 }
 
@@ -265,7 +266,7 @@ fn background_processes_are_dead_after_the_run() {
     let server = Server::start(&[]);
     let code = "import os, subprocess, time\nsubprocess.Popen(['sleep', '1000'])\nsubprocess.Popen(['sleep', '1000'], start_new_session=True)\nif os.fork() == 0:\n os.setsid()\n if os.fork() == 0: time.sleep(1000)\n os._exit(0)\nresult = 1";
     assert_eq!(server.run("u", code)["result"], 1);
-    assert_eq!(processes(&server, "u"), json!([1]));
+    assert!([json!([]), json!([1])].contains(&processes(&server, "u")), "{}", processes(&server, "u"));
 }
 
 #[test]
@@ -335,13 +336,8 @@ fn the_guest_sees_its_own_lines_too() {
             "logging",
             "import logging\ntry:\n    1 / 0  # here\nexcept ZeroDivisionError:\n    logging.exception('x')",
         ),
-        (
-            "a thread",
-            "import threading\ndef run():\n    1 / 0  # here\nt = threading.Thread(target=run); t.start(); t.join()",
-        ),
         ("print_stack", "import traceback\ndef f():\n    traceback.print_stack()  # here\nf()"),
         ("a warning", "import warnings\nwarnings.warn('x')  # here"),
-        ("__del__", "class D:\n    def __del__(self):\n        1 / 0  # here\nD()"),
     ] {
         for user in ["u".to_owned(), format!("first run of {name}")] {
             let answer = server.run(&user, code);
@@ -349,6 +345,24 @@ fn the_guest_sees_its_own_lines_too() {
             assert!(text.contains("# here\n"), "{name}: {answer}");
             assert!(name == "print_stack" || !text.contains("<supervisor>"), "{name}: {answer}");
         }
+    }
+}
+
+/// Python's C code prints these; before 3.13 it reads files only, so there is the line's number alone.
+#[test]
+fn errors_that_nobody_can_catch_are_told_on_stderr() {
+    let server = Server::start(&[]);
+    for code in [
+        "import threading\ndef run():\n    1 / 0\nt = threading.Thread(target=run); t.start(); t.join()",
+        "class D:\n    def __del__(self):\n        1 / 0\nD()",
+    ] {
+        let answer = server.run("u", code);
+        let text = answer["stderr"].as_str().unwrap_or_default();
+        assert!(
+            text.contains("File \"<code>\", line 3, in ") && text.contains("ZeroDivisionError"),
+            "{answer}"
+        );
+        assert!(!text.contains("<supervisor>"), "{answer}");
     }
 }
 
@@ -492,7 +506,7 @@ names = ["json", "traceback", "linecache", "sitecustomize", "usercustomize", "os
 version = "python%d.%d" % sys.version_info[:2]
 places = ["", ".local/lib/%s/site-packages/" % version, "lib/%s/site-packages/" % version, "lib/%s/" % version, "site-packages/"]
 for place in places:
-    if place: os.makedirs(place)
+    os.makedirs(place or '.', exist_ok=True)
     for name in names:
         with open(place + name + ".py", "w") as file: file.write("import os; os.write(1, b'POISON'); os._exit(66)\n")
     for name in ("x.pth", "easy-install.pth", version + "._pth", "pyvenv.cfg"):

@@ -23,8 +23,8 @@ const CONTROLLERS: [(Limit, &str); 3] =
 /// Where groups for sandboxes can be made.
 #[derive(Debug)]
 pub(super) enum Hierarchy {
-    /// One directory for all controllers.
-    V2(PathBuf),
+    /// One directory for all controllers, and the group that this process left for it, if it did.
+    V2(PathBuf, Option<Left>),
     /// A directory for each controller that can be written.
     V1(Vec<(Limit, PathBuf)>),
     /// None, and why.
@@ -49,7 +49,7 @@ impl Hierarchy {
     /// The limits that it enforces.
     pub(super) fn limits(&self) -> Vec<Limit> {
         match self {
-            Hierarchy::V2(_) => CONTROLLERS.iter().map(|(limit, _)| *limit).collect(),
+            Hierarchy::V2(..) => CONTROLLERS.iter().map(|(limit, _)| *limit).collect(),
             Hierarchy::V1(directories) => directories.iter().map(|(limit, _)| *limit).collect(),
             Hierarchy::Missing(_) => Vec::new(),
         }
@@ -58,7 +58,7 @@ impl Hierarchy {
     /// What to call it in a report.
     pub(super) fn describe(&self) -> String {
         match self {
-            Hierarchy::V2(_) => "cgroup v2".into(),
+            Hierarchy::V2(..) => "cgroup v2".into(),
             Hierarchy::V1(_) => "cgroup v1".into(),
             Hierarchy::Missing(why) => why.clone(),
         }
@@ -68,13 +68,13 @@ impl Hierarchy {
     pub(super) fn create(&self, number: u64, spec: &SandboxSpec) -> io::Result<Group> {
         let name = format!("sandbox-{number}");
         let parents: Vec<_> = match self {
-            Hierarchy::V2(directory) => vec![(None, directory)],
+            Hierarchy::V2(directory, _) => vec![(None, directory)],
             Hierarchy::V1(directories) => {
                 directories.iter().map(|(limit, path)| (Some(*limit), path)).collect()
             }
             Hierarchy::Missing(_) => Vec::new(),
         };
-        let mut group = Group { directories: Vec::new(), version_2: matches!(self, Hierarchy::V2(_)) };
+        let mut group = Group { directories: Vec::new(), version_2: matches!(self, Hierarchy::V2(..)) };
         for (limit, parent) in parents {
             let directory = parent.join(&name);
             fs::create_dir(&directory)?;
@@ -85,16 +85,29 @@ impl Hierarchy {
     }
 }
 
+/// The group that this process was in, and the leaf that it went to, since processes may not stand beside
+/// groups with controllers.
+#[derive(Debug)]
+pub(super) struct Left {
+    own: PathBuf,
+    leaf: PathBuf,
+}
+
 impl Drop for Hierarchy {
-    /// The server's own directory goes with it, once the groups in it are gone.
+    /// The server's own directories go with it, once the groups in them are gone.
     fn drop(&mut self) {
-        let directories = match self {
-            Hierarchy::V2(directory) => vec![&*directory],
-            Hierarchy::V1(directories) => directories.iter_mut().map(|(_, path)| &*path).collect(),
-            Hierarchy::Missing(_) => Vec::new(),
-        };
-        for directory in directories {
-            sweep(directory);
+        match self {
+            Hierarchy::V2(directory, left) => {
+                sweep(directory);
+                if let Some(Left { own, leaf }) = left {
+                    // So that the next server can be started in the same group; if not, it is a new one's to clean.
+                    let _ = fs::write(own.join("cgroup.subtree_control"), "-memory -pids -cpu");
+                    let _ = fs::write(own.join("cgroup.procs"), std::process::id().to_string());
+                    remove(leaf);
+                }
+            }
+            Hierarchy::V1(directories) => directories.iter().for_each(|(_, directory)| sweep(directory)),
+            Hierarchy::Missing(_) => {}
         }
     }
 }
@@ -212,35 +225,44 @@ fn version_2(own: &Path, name: &str) -> Hierarchy {
     if !alone && !is_root_of_hierarchy {
         let top = own.ancestors().take_while(|path| path.join("cgroup.controllers").exists()).last();
         return match top.map(|top| make_below(top, name)) {
-            Some(Ok(hierarchy)) => hierarchy,
+            Some(Ok(directory)) => Hierarchy::V2(directory, None),
             Some(Err(error)) => missing("no group of our own, and cannot make one above", error),
             None => Hierarchy::Missing("no group of our own".into()),
         };
     }
-    if !is_root_of_hierarchy {
-        let leaf = own.join(format!("{name}-server"));
-        if let Err(error) = fs::create_dir(&leaf)
-            .and_then(|()| fs::write(leaf.join("cgroup.procs"), std::process::id().to_string()))
-        {
-            return missing("cannot make groups in", error);
-        }
+    let left = match is_root_of_hierarchy {
+        true => None,
+        false => match step_aside(own, name) {
+            Ok(left) => Some(left),
+            Err(error) => return missing("cannot make groups in", error),
+        },
+    };
+    match make_below(own, name) {
+        Ok(directory) => Hierarchy::V2(directory, left),
+        Err(error) => missing("cannot pass controllers on in", error),
     }
-    make_below(own, name).unwrap_or_else(|error| missing("cannot pass controllers on in", error))
 }
 
-fn make_below(parent: &Path, name: &str) -> io::Result<Hierarchy> {
+fn step_aside(own: &Path, name: &str) -> io::Result<Left> {
+    let leaf = own.join(format!("{name}-server"));
+    fs::create_dir(&leaf)?;
+    fs::write(leaf.join("cgroup.procs"), std::process::id().to_string())?;
+    Ok(Left { own: own.to_owned(), leaf })
+}
+
+fn make_below(parent: &Path, name: &str) -> io::Result<PathBuf> {
     const PASS_ON: &str = "+memory +pids +cpu";
     clean_up_after_the_dead(parent);
     fs::write(parent.join("cgroup.subtree_control"), PASS_ON)?;
     let directory = parent.join(name);
     fs::create_dir(&directory)?;
     fs::write(directory.join("cgroup.subtree_control"), PASS_ON)?;
-    Ok(Hierarchy::V2(directory))
+    Ok(directory)
 }
 
 fn version_1(groups: &str, mounts: &str, name: &str) -> Hierarchy {
     let mut directories = Vec::new();
-    let mut why = "no controller is mounted".to_owned();
+    let mut why = "this process was given no control group with the controllers memory, pids and cpu".to_owned();
     for (limit, controller) in CONTROLLERS {
         let has = |list: &str| list.split(',').any(|word| word == controller);
         let path = groups.lines().find_map(|line| {

@@ -73,8 +73,9 @@ struct Inner {
     settings: Settings,
     supervisor: &'static str,
     python: python::Python,
-    groups: Hierarchy,
+    /// Before the groups: the launcher has to be gone when they are removed.
     link: tokio::sync::Mutex<Option<Arc<Link>>>,
+    groups: Hierarchy,
     numbers: AtomicU64,
     alive: Mutex<HashMap<SandboxId, Arc<Live>>>,
 }
