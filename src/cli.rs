@@ -191,7 +191,9 @@ fn spec(config: &Config) -> SandboxSpec {
 /// `unenforced` are the limits without a control group, for which rlimits stand in.
 fn caps(config: &Config, unenforced: &[Limit]) -> Caps {
     let limits = &config.limits;
-    let memory = unenforced.contains(&Limit::Memory).then_some(("AS", limits.memory.0));
+    // FSIZE for files in memory (memfd), which count as nobody's address space until they are mapped.
+    let memory =
+        unenforced.contains(&Limit::Memory).then_some([("AS", limits.memory.0), ("FSIZE", limits.memory.0)]);
     Caps {
         stdout: limits.stdout.0,
         stderr: limits.stderr.0,
@@ -199,7 +201,7 @@ fn caps(config: &Config, unenforced: &[Limit]) -> Caps {
         error: limits.error.0,
         listing_lines: limits.listing,
         grace_ms: (limits.grace.as_millis() / 2) as u64,
-        rlimits: memory.into_iter().collect(),
+        rlimits: memory.into_iter().flatten().collect(),
     }
 }
 

@@ -18,11 +18,13 @@ use tokio::time::Instant;
 
 use crate::metrics::Metrics;
 use crate::pool::{self, Claimed, Pool};
-use crate::runtime::{Fate, SandboxId, SessionKey};
+use crate::runtime::{self, Fate, SandboxId, SessionKey};
 use crate::supervisor::{self, ErrorDetail, ErrorKind, Field, Outcome, Report, Run};
 
 /// The reaper looks at least that often, whatever it expects.
 const LONGEST_SLEEP: Duration = Duration::from_secs(60);
+/// From the end of a stream to the end of its sandbox: milliseconds, or it goes on.
+const FATE_WAIT: Duration = Duration::from_secs(1);
 /// Bytes of a session key: 128 bits leave no two users with the same.
 const KEY_BYTES: usize = 16;
 
@@ -358,6 +360,19 @@ impl Inner {
         }
     }
 
+    /// A stream ends a moment before its sandbox does: a fate that has not come yet is asked for again.
+    async fn fate_after(&self, error: &supervisor::Error, id: &SandboxId) -> runtime::Result<Fate> {
+        let until = Instant::now() + FATE_WAIT;
+        loop {
+            let fate = self.pool.runtime().fate(id).await;
+            let open = matches!((error, &fate), (supervisor::Error::Ended, Ok(Fate::Running { .. })));
+            if !open || Instant::now() > until {
+                return fate;
+            }
+            tokio::time::sleep(FATE_WAIT / 100).await;
+        }
+    }
+
     fn close(&self, mut seat: OwnedMutexGuard<Seat>) {
         seat.closed = true;
         if let Some(claimed) = seat.claimed.take() {
@@ -480,7 +495,7 @@ impl Turn {
     async fn lose(&mut self, error: supervisor::Error, timing: Timing) -> Done {
         let (sessions, session) = (self.place().sessions.clone(), self.place().session.clone());
         let claimed = self.seat().claimed.take().expect("a sandbox was claimed before");
-        let fate = sessions.0.pool.runtime().fate(&claimed.held.id).await;
+        let fate = sessions.0.fate_after(&error, &claimed.held.id).await;
         let deleted = {
             let mut glance = session.glance();
             glance.sandbox = None;

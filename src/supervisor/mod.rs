@@ -126,6 +126,7 @@ pub struct Supervisor {
     buffer: BytesMut,
     grace: Duration,
     longest: usize,
+    error_bytes: usize,
     state: State,
 }
 
@@ -159,6 +160,7 @@ impl Supervisor {
             buffer: BytesMut::new(),
             grace: Duration::from_millis(caps.grace_ms) * 2,
             longest: parts as usize + LISTING_BYTES + REPORT_BYTES,
+            error_bytes: caps.error as usize,
             state: State::Idle,
         };
         let nonce = nonce();
@@ -191,7 +193,7 @@ impl Supervisor {
         };
         let frame = timeout_at(deadline, converse).await.unwrap_or(Err(Error::Unresponsive))?;
         self.rest();
-        Ok(Report::parse(protocol::sections(frame.payload)?, run.timeout)?)
+        Ok(Report::parse(protocol::sections(frame.payload)?, run.timeout, self.error_bytes)?)
     }
 
     /// Whether no run is under way.

@@ -127,6 +127,19 @@ pub enum ErrorKind {
 }
 
 impl ErrorKind {
+    /// Whether the run's own process may say so; the others are what we saw from outside.
+    fn is_for_the_run_to_tell(self) -> bool {
+        match self {
+            ErrorKind::Timeout | ErrorKind::Crashed | ErrorKind::Cancelled => false,
+            ErrorKind::Raised
+            | ErrorKind::Syntax
+            | ErrorKind::Exited
+            | ErrorKind::OutOfMemory
+            | ErrorKind::ResultInvalid
+            | ErrorKind::ResultTooLarge => true,
+        }
+    }
+
     /// As in `error_detail.kind`; a metric label.
     pub fn as_str(self) -> &'static str {
         match self {
@@ -222,15 +235,34 @@ struct Told {
     truncated: bool,
 }
 
+impl Told {
+    /// `None` for what no supervisor of ours would have passed on: only the guest can have written that.
+    fn parse(payload: &[u8], error_bytes: usize) -> Option<Told> {
+        let mut told: Told = serde_json::from_slice(payload).ok()?;
+        for text in [&mut told.name, &mut told.value, &mut told.traceback] {
+            if text.len() > error_bytes {
+                text.truncate(text.floor_char_boundary(error_bytes));
+                told.truncated = true;
+            }
+        }
+        told.kind.is_for_the_run_to_tell().then_some(told)
+    }
+}
+
 const SIGKILL: i32 = 9;
 
 impl Report {
-    pub(super) fn parse(sections: [Bytes; 5], timeout: Duration) -> Result<Report, Violation> {
+    /// `error_bytes` is the cap of each text of an error.
+    pub(super) fn parse(
+        sections: [Bytes; 5],
+        timeout: Duration,
+        error_bytes: usize,
+    ) -> Result<Report, Violation> {
         let [facts, payload, stdout, stderr, listing] = sections;
         let mut facts = Facts::parse(facts)?;
         let workspace_files = serde_json::from_slice(&listing).map_err(|_| Violation::Content("listing"))?;
         let told = match facts.said {
-            Said::Error => serde_json::from_slice::<Told>(&payload).ok(),
+            Said::Error => Told::parse(&payload, error_bytes),
             Said::Result | Said::Nothing => None,
         };
         let mut truncated = std::mem::take(&mut facts.truncated);
@@ -359,7 +391,7 @@ mod tests {
         bytes.extend([0; 24]);
         let part = |text: &str| Bytes::copy_from_slice(text.as_bytes());
         let sections = [bytes.into(), part(payload), part("out"), part(""), part("[\"total 0\"]")];
-        Report::parse(sections, Duration::from_secs(1)).unwrap()
+        Report::parse(sections, Duration::from_secs(1), 1000).unwrap()
     }
 
     fn kind(facts: Given, payload: &str) -> ErrorKind {
@@ -395,6 +427,18 @@ mod tests {
     }
 
     #[test]
+    fn a_forged_text_is_cut_at_its_cap() {
+        let text = |length: usize| "ä".repeat(length / 2);
+        for (length, cut) in [(1000, false), (1002, true), (900_000, true)] {
+            let said = format!(r#"{{"kind":"raised","name":"","value":"{}","traceback":""}}"#, text(length));
+            let report = parse(Given { said: 2, ..QUIET }, &said);
+            assert_eq!(report.truncated.contains(&Field::Error), cut, "{length}");
+            let Outcome::Failed(detail) = report.outcome else { panic!("it has failed") };
+            assert_eq!(detail.value, text(length.min(1000)));
+        }
+    }
+
+    #[test]
     fn what_was_cut_is_named() {
         let report = parse(Given { cut: 7, ..QUIET }, "");
         assert_eq!(report.truncated, [Field::Stdout, Field::Stderr, Field::WorkspaceFiles]);
@@ -403,7 +447,9 @@ mod tests {
 
     #[test]
     fn a_kind_that_only_we_may_give_is_no_error_of_the_run() {
-        for said in [r#"{"kind":"nonsense","name":"","value":"","traceback":""}"#, "[]", ""] {
+        let of_kind = |kind: &str| format!(r#"{{"kind":"{kind}","name":"","value":"","traceback":""}}"#);
+        let forged = ["nonsense", "timeout", "cancelled", "crashed"].map(of_kind);
+        for said in forged.iter().map(String::as_str).chain(["[]", ""]) {
             assert_eq!(kind(Given { said: 2, ..QUIET }, said), ErrorKind::Exited, "{said}");
         }
     }

@@ -27,6 +27,7 @@ LENGTH = struct.Struct(">I")
 WORKSPACE = "/workspace"
 CODE_NAME = "<code>"  # the guest's code in its tracebacks
 MOST_DESCRIPTORS = 64  # this file opens about 15
+NICE = 10  # of all but the supervisor: a guest's fork bomb must not starve what is to stop it
 ATTEMPTS = 3  # to begin a run, before the sandbox is given up
 REAP_S = 5.0  # a process that outlives SIGKILL by this much condemns the sandbox
 LISTING_BYTES = 512 * 1024  # a name may be 255 bytes of escapes, so lines alone are no bound
@@ -245,19 +246,32 @@ def format_error(error, syntax=False):
     Imported here, where it costs a failed run 9 ms: held ready in the supervisor it costs each run 0.3 ms
     of CPU, in pages to be shared, copied and given back.
     """
-    frames = error.__traceback__
-    while frames and frames.tb_frame.f_globals is globals():
-        frames = frames.tb_next
     try:
+        hide_own_frames(error)
         import traceback
 
         if syntax:
             lines = traceback.format_exception_only(type(error), error)
         else:
-            lines = traceback.format_exception(type(error), error, frames)
+            lines = traceback.format_exception(type(error), error, error.__traceback__)
         return "".join(lines).rstrip("\n")
     except Exception:
         return type(error).__name__  # its __str__ fails, or there is no memory left for more
+
+
+def hide_own_frames(error):
+    """In the whole chain: what led to an error begins in this file, too."""
+    pending, seen = [error], set()
+    while pending:
+        error = pending.pop()
+        if error is None or id(error) in seen:
+            continue
+        seen.add(id(error))
+        frames = error.__traceback__
+        while frames and frames.tb_frame.f_globals is globals():
+            frames = frames.tb_next
+        error.__traceback__ = frames
+        pending += error.__cause__, error.__context__
 
 
 def failure_of(error, syntax=False):
@@ -281,7 +295,7 @@ def end_of(error):
     if not isinstance(code, int):
         print(code, file=sys.stderr)
         code = 1
-    raise Failure("exited", "SystemExit", "exited with status %d" % code)
+    raise Failure("exited", "SystemExit", "exited with status %d" % (code & 0xFF))
 
 
 def execute(code, scope):
@@ -303,6 +317,16 @@ def execute(code, scope):
         raise failure_of(error)
 
 
+def variables(data):
+    """The data by the names that code can reach: Python reads identifiers in their NFKC form."""
+    found = unlimited_digits(loads, data)
+    if all(name.isascii() for name in found):
+        return found
+    from unicodedata import normalize
+
+    return {normalize("NFKC", name): value for name, value in found.items()}
+
+
 def outcome_of(source, data, limits):
     """Runs the code; gives the kind and the bytes that the result pipe carries."""
     main = type(sys)("__main__")
@@ -311,9 +335,10 @@ def outcome_of(source, data, limits):
     sys.modules["__main__"] = main
     try:
         try:
-            scope.update(unlimited_digits(loads, data) if data else {})
+            scope.update(variables(data) if data else {})
             SourceOnImport(source).place()
             _signal.signal(_signal.SIGINT, _signal.default_int_handler)
+            _signal.pthread_sigmask(_signal.SIG_UNBLOCK, [_signal.SIGINT])
             try:
                 code = compile(source, CODE_NAME, "exec", 0, True)
             except (SyntaxError, ValueError) as error:
@@ -437,19 +462,24 @@ def fork_forever(socket, limits):
             os.close(pair[0]), os.close(pair[1])
         _, status, usage = os.wait4(pid, 0)
         end = None
-        while kill_all():  # all but PID 1, which collects them, and this process
+        # All but PID 1, which collects them, and this process, which has children by clone(CLONE_PARENT).
+        while kill_all():
             end = end or time.monotonic() + REAP_S
             if time.monotonic() > end:
                 os._exit(1)
+            collect()
             time.sleep(0.0005)
         cpu_us = int((usage.ru_utime + usage.ru_stime) * 1e6)
         socket.send(ENDED.pack(status, cpu_us, usage.ru_minflt))
 
 
 def become_forker(socket):
-    """Lets go of all that is the supervisor's: its signals and its descriptors."""
+    """Lets go of all that is the supervisor's: its signals, its descriptors and its place before the guest's."""
     _signal.set_wakeup_fd(-1)
     _signal.signal(_signal.SIGCHLD, _signal.SIG_DFL)
+    # Held back until the run's process can raise KeyboardInterrupt, lest a short time be over unnoticed.
+    _signal.pthread_sigmask(_signal.SIG_BLOCK, [_signal.SIGINT])
+    os.nice(NICE)
     null = os.open(os.devnull, os.O_RDWR)
     for target in (0, 1, 2):
         os.dup2(null, target)
@@ -611,6 +641,15 @@ def kill_all():
         return False
 
 
+def collect():
+    """Takes note of every child that has ended."""
+    try:
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            pass
+    except ChildProcessError:
+        pass
+
+
 class Supervisor:
     def __init__(self):
         self.input = Input()
@@ -655,11 +694,7 @@ class Supervisor:
             os.read(self.child_ended, 4096)
         except BlockingIOError:
             pass
-        try:
-            while os.waitpid(-1, os.WNOHANG)[0]:
-                pass
-        except ChildProcessError:
-            pass
+        collect()
 
     def fork_anew(self):
         """A forker that knows what this process knows now, in place of one that is dead or is to be."""
@@ -727,7 +762,11 @@ class Supervisor:
 
         An empty workspace whose ctime has not moved is still empty: nobody can set a ctime.
         """
-        changed = os.stat(WORKSPACE).st_ctime_ns
+        status = os.stat(WORKSPACE)
+        if status.st_mode & 0o700 != 0o700:  # a run did that; neither this process nor the next run could enter
+            os.chmod(WORKSPACE, 0o700)
+            status = os.stat(WORKSPACE)
+        changed = status.st_ctime_ns
         if changed == self.empty_since:
             return EMPTY, False
         lines, cut = listing(WORKSPACE, self.limits["listing_lines"])

@@ -262,7 +262,8 @@ fn make_below(parent: &Path, name: &str) -> io::Result<PathBuf> {
 
 fn version_1(groups: &str, mounts: &str, name: &str) -> Hierarchy {
     let mut directories = Vec::new();
-    let mut why = "this process was given no control group with the controllers memory, pids and cpu".to_owned();
+    let mut why =
+        "this process was given no control group with the controllers memory, pids and cpu".to_owned();
     for (limit, controller) in CONTROLLERS {
         let has = |list: &str| list.split(',').any(|word| word == controller);
         let path = groups.lines().find_map(|line| {

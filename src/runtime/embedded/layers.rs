@@ -124,6 +124,9 @@ pub(super) const RESOURCES: [(Resource, u64); 3] =
 /// Victims of the host's own out-of-memory killer are sandboxes before the server (-1000 to 1000).
 pub(super) const OOM_SCORE_ADJ: &str = "500";
 
+/// A sandbox's supervisor is the last of its own sandbox; below 0 it would go before the host's own processes.
+pub(super) const SUPERVISOR_OOM_SCORE_ADJ: &str = "0";
+
 /// Pseudo-terminals of one sandbox.
 pub(super) const PTS_OPTIONS: &str = "newinstance,ptmxmode=0666,mode=0620,max=64";
 

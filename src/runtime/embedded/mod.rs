@@ -35,6 +35,7 @@ use super::{
 };
 use cgroup::{Group, Hierarchy};
 pub use launcher::run_if_asked;
+use layers::SUPERVISOR_OOM_SCORE_ADJ;
 use link::{Exit, Link};
 use wire::{Preparation, Program};
 
@@ -267,15 +268,25 @@ impl Inner {
 }
 
 impl Live {
-    fn attach_group(&self) -> io::Result<()> {
-        // The pid as this process sees it: the launcher's own is of another namespace.
+    /// PID 1 of the sandbox as this process sees it: the launcher's own number is of another namespace.
+    fn pid(&self) -> io::Result<u32> {
         let information = fs::read_to_string(format!("/proc/self/fdinfo/{}", self.pidfd.as_raw_fd()))?;
-        let pid = information.lines().find_map(|line| line.strip_prefix("Pid:")?.trim().parse::<u32>().ok());
-        match (pid, &*lock(&self.group)) {
-            (Some(pid), Some(group)) => group.attach(pid),
-            (None, _) => Err(io::Error::other("the pidfd tells no pid")),
-            (_, None) => Ok(()),
+        let pid = information.lines().find_map(|line| line.strip_prefix("Pid:")?.trim().parse().ok());
+        pid.ok_or_else(|| io::Error::other("the pidfd tells no pid"))
+    }
+
+    fn attach_group(&self) -> io::Result<()> {
+        match &*lock(&self.group) {
+            Some(group) => group.attach(self.pid()?),
+            None => Ok(()),
         }
+    }
+
+    /// From now on, since its forker has been forked, a lack of memory takes a run before the supervisor.
+    fn prefer_supervisor(&self) {
+        let path = self.pid().map(|pid| format!("/proc/{pid}/oom_score_adj"));
+        // Only root may; without it the largest process is taken, which is most likely the run's, too.
+        let _ = path.and_then(|path| fs::write(path, SUPERVISOR_OOM_SCORE_ADJ));
     }
 
     fn last_words(&self) -> String {
@@ -323,6 +334,7 @@ impl Runtime for Embedded {
     async fn claim(&self, id: &SandboxId, owner: &SessionKey) -> Result<()> {
         let live = lock(&self.0.alive).get(id).cloned().ok_or_else(|| Error::Gone(id.clone()))?;
         *lock(&live.owner) = Some(owner.clone());
+        live.prefer_supervisor();
         Ok(())
     }
 
