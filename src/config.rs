@@ -170,6 +170,8 @@ pub struct Server {
     #[serde(with = "humantime_serde")]
     pub body_timeout: Duration,
     #[serde(with = "humantime_serde")]
+    pub write_timeout: Duration,
+    #[serde(with = "humantime_serde")]
     pub shutdown_timeout: Duration,
 }
 
@@ -278,6 +280,9 @@ impl Layers {
         let place = match error.metadata.as_ref() {
             Some(metadata) => match &metadata.source {
                 Some(figment::Source::File(file)) => file.display().to_string(),
+                _ if metadata.name.contains("environment") => {
+                    format!("{PREFIX}{}", key.replace('.', "__").to_uppercase())
+                }
                 _ => metadata.name.to_string(),
             },
             None => self.place(&key),
@@ -306,6 +311,7 @@ impl Layers {
             ("session.lifetime_max", session.lifetime_max),
             ("server.header_timeout", server.header_timeout),
             ("server.body_timeout", server.body_timeout),
+            ("server.write_timeout", server.write_timeout),
             ("server.shutdown_timeout", server.shutdown_timeout),
         ] {
             need(!time.is_zero() && time < LONGEST, key, "must be more than 0s and less than 100 years")?;

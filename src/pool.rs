@@ -4,6 +4,7 @@
 //! moment has more sandboxes than `Settings::capacity`. A sandbox is never given to a second user.
 
 use std::collections::VecDeque;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
@@ -66,6 +67,7 @@ struct Inner {
     starting: Semaphore,
     warm: Mutex<VecDeque<Ready>>,
     wanted: Arc<Notify>,
+    failing: AtomicBool,
 }
 
 /// A sandbox that waits for its user.
@@ -82,7 +84,26 @@ pub struct Held {
     pub id: SandboxId,
     /// The conversation with it.
     pub supervisor: Supervisor,
-    permit: OwnedSemaphorePermit,
+    /// Last, so that the supervisor's stream is dropped before: an attached one can wedge an engine's removal.
+    _disposal: Disposal,
+}
+
+/// Whoever drops it has the sandbox removed in the background: until it is gone, however often that takes.
+#[derive(Debug)]
+struct Disposal {
+    runtime: SharedRuntime,
+    id: SandboxId,
+    permit: Option<OwnedSemaphorePermit>,
+    metrics: Arc<Metrics>,
+}
+
+impl Drop for Disposal {
+    fn drop(&mut self) {
+        let (Some(permit), Ok(tasks)) = (self.permit.take(), tokio::runtime::Handle::try_current()) else {
+            return; // the program ends, and its engine cleans up
+        };
+        tasks.spawn(remove(self.runtime.clone(), self.id.clone(), permit, self.metrics.clone()));
+    }
 }
 
 /// A sandbox that belongs to a session.
@@ -92,7 +113,7 @@ pub struct Claimed {
     pub held: Held,
     /// When the session got it.
     pub since: Instant,
-    counted: Counted,
+    _counted: Counted,
 }
 
 impl Pool {
@@ -106,6 +127,7 @@ impl Pool {
             settings,
             warm: Mutex::default(),
             wanted: Arc::new(Notify::new()),
+            failing: AtomicBool::new(false),
         }));
         if pool.0.settings.size > 0 {
             tokio::spawn(fill(Arc::downgrade(&pool.0), pool.0.wanted.clone())); // ends with the pool
@@ -116,6 +138,11 @@ impl Pool {
     /// The engine below.
     pub fn runtime(&self) -> &SharedRuntime {
         &self.0.runtime
+    }
+
+    /// Whether none is warm and the last creation failed.
+    pub fn is_failing(&self) -> bool {
+        self.0.failing.load(Ordering::SeqCst) && self.warm() == 0
     }
 
     /// Sandboxes that wait for a user.
@@ -132,27 +159,21 @@ impl Pool {
         self.0.metrics.claims.with_label_values(&[how]).inc();
         if let Err(error) = self.0.runtime.claim(&held.id, owner).await {
             self.0.failed("claim");
-            self.discard(held);
             return Err(error.into());
         }
-        Ok(Claimed { held, since: Instant::now(), counted: self.0.counted("claimed") })
+        Ok(Claimed { held, since: Instant::now(), _counted: self.0.counted("claimed") })
     }
 
     /// Removes a claimed sandbox in the background: until it is gone, however often that takes.
     pub fn remove(&self, claimed: Claimed) {
-        let Claimed { held, since: _, counted } = claimed;
-        drop(counted);
-        self.discard(held);
+        drop(claimed);
     }
 
     /// Removes all that waits and makes no more; what is claimed is its session's to give back.
     pub async fn close(&self) {
         self.0.starting.close();
         let warm: Vec<_> = self.0.warm().drain(..).collect();
-        for Ready { held, _counted } in warm {
-            drop(_counted);
-            self.discard(held);
-        }
+        drop(warm);
         let all = u32::try_from(self.0.settings.capacity).unwrap_or(u32::MAX);
         let _ = self.0.capacity.acquire_many(all).await; // every permit is back: every sandbox is gone
     }
@@ -165,7 +186,6 @@ impl Pool {
             if matches!(self.0.runtime.fate(&held.id).await, Ok(Fate::Running { .. })) {
                 return Some(held);
             }
-            self.discard(held);
         }
     }
 
@@ -184,13 +204,7 @@ impl Pool {
     fn keep_or_discard(&self, held: Held) {
         if self.warm() < self.0.settings.size && !self.0.starting.is_closed() {
             self.0.keep(held);
-        } else {
-            self.discard(held);
         }
-    }
-
-    fn discard(&self, held: Held) {
-        tokio::spawn(remove(self.0.runtime.clone(), held, self.0.metrics.clone())); // ends when it is gone
     }
 }
 
@@ -209,12 +223,25 @@ impl Inner {
 
     fn keep(&self, held: Held) {
         let ready = Ready { held, _counted: self.counted("warm") };
-        self.warm().push_back(ready);
+        let mut warm = self.warm();
+        // Looked at under the lock that `close` empties under: nothing is kept behind its back.
+        if !self.starting.is_closed() {
+            warm.push_back(ready);
+        }
     }
 
     async fn make(&self) -> Result<Held, Error> {
-        let permit = self.capacity.clone().try_acquire_owned().map_err(|_| Error::Full)?;
+        // What is being removed gives its place back soon.
+        let permit = self.capacity.clone().acquire_owned();
+        let permit = tokio::time::timeout(self.settings.create_timeout, permit).await;
+        let permit = permit.map_err(|_| Error::Full)?.map_err(|_| Error::Full)?;
         let _turn = self.starting.acquire().await.map_err(|_| Error::Full)?;
+        let made = self.start(permit).await;
+        self.failing.store(made.is_err(), Ordering::SeqCst);
+        made
+    }
+
+    async fn start(&self, permit: OwnedSemaphorePermit) -> Result<Held, Error> {
         let _counted = self.counted("starting");
         let begun = Instant::now();
         let limit = self.settings.create_timeout;
@@ -230,16 +257,17 @@ impl Inner {
                 return Err(Error::Late(limit));
             }
         };
+        let (runtime, metrics) = (self.runtime.clone(), self.metrics.clone());
+        let disposal = Disposal { runtime, id: sandbox.id.clone(), permit: Some(permit), metrics };
         match Supervisor::attach(sandbox.stream, &self.settings.caps, begun + limit).await {
             Ok((supervisor, _)) => {
                 self.metrics.create_seconds.observe(begun.elapsed().as_secs_f64());
-                Ok(Held { id: sandbox.id, supervisor, permit })
+                Ok(Held { id: sandbox.id, supervisor, _disposal: disposal })
             }
             Err(error) => {
                 self.failed("attach");
                 let fate = self.runtime.fate(&sandbox.id).await;
                 tracing::warn!(sandbox = %sandbox.id, %error, ?fate, "a new sandbox did not come up");
-                tokio::spawn(remove_by_id(self.runtime.clone(), sandbox.id, permit, self.metrics.clone()));
                 Err(error.into())
             }
         }
@@ -264,7 +292,6 @@ async fn fill(pool: Weak<Inner>, wanted: Arc<Notify>) {
             Ok(held) => {
                 pause = RETRY.0;
                 if inner.starting.is_closed() {
-                    Pool(inner).discard(held);
                     return;
                 }
                 inner.keep(held);
@@ -279,18 +306,7 @@ async fn fill(pool: Weak<Inner>, wanted: Arc<Notify>) {
     }
 }
 
-async fn remove(runtime: SharedRuntime, held: Held, metrics: Arc<Metrics>) {
-    let Held { id, supervisor, permit } = held;
-    drop(supervisor); // an attached stream can wedge an engine's removal
-    remove_by_id(runtime, id, permit, metrics).await;
-}
-
-async fn remove_by_id(
-    runtime: SharedRuntime,
-    id: SandboxId,
-    permit: OwnedSemaphorePermit,
-    metrics: Arc<Metrics>,
-) {
+async fn remove(runtime: SharedRuntime, id: SandboxId, permit: OwnedSemaphorePermit, metrics: Arc<Metrics>) {
     let _counted = Counted::new(metrics.sandboxes.with_label_values(&["removing"]));
     let mut pause = RETRY.0;
     loop {

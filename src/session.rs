@@ -183,6 +183,7 @@ impl Sessions {
         let begun = Instant::now();
         let mut turn = loop {
             let mut turn = self.enter(&key)?.take_seat().await;
+            turn.retire_if_outlived();
             if !turn.seat().closed {
                 break turn;
             }
@@ -224,17 +225,11 @@ impl Sessions {
 
     /// Destroys a session now, a run in it included. Fine where there is none.
     pub async fn delete(&self, owner: Owner<'_>) -> Result<(), Error> {
-        let Some(session) = self.0.table().remove(&self.key(owner)) else { return Ok(()) };
+        let Some((session, id)) = self.0.take_out(&self.key(owner)) else { return Ok(()) };
         self.0.ended("deleted");
-        let sandbox = {
-            let mut glance = session.glance();
-            glance.deleted = true;
-            glance.sandbox.take()
-        };
-        if let Some((id, ..)) = sandbox {
-            // The run that goes on, if any, sees its stream end; who holds the seat gives the sandbox back.
-            self.0.pool.runtime().remove(&id).await.map_err(pool::Error::from)?;
-        }
+        // The run that goes on, if any, sees its stream end; who holds the seat gives the sandbox back.
+        let runtime = self.0.pool.runtime().clone();
+        let _ = tokio::spawn(async move { runtime.remove(&id).await }).await; // the pool tries again
         let seat = session.seat.clone().lock_owned().await;
         self.0.close(seat);
         Ok(())
@@ -249,7 +244,7 @@ impl Sessions {
             self.0.ended("shutdown");
             if let Ok(seat) = tokio::time::timeout_at(deadline, session.seat.clone().lock_owned()).await {
                 self.0.close(seat);
-            } else if let Some((id, ..)) = session.glance().sandbox.take() {
+            } else if let Some(id) = session.cut() {
                 let runtime = self.0.pool.runtime().clone();
                 tokio::spawn(async move { runtime.remove(&id).await }); // ends the run; awaited by the pool below
             }
@@ -257,9 +252,17 @@ impl Sessions {
         self.0.pool.close().await;
     }
 
-    /// Whether a run would be taken now; else why not.
+    /// Whether the run of a new user would be taken now; else why not.
     pub fn readiness(&self) -> Result<(), &'static str> {
-        if self.0.draining.load(Ordering::SeqCst) { Err("the server is stopping") } else { Ok(()) }
+        if self.0.draining.load(Ordering::SeqCst) {
+            Err("the server is stopping")
+        } else if self.0.table().len() >= self.0.settings.max {
+            Err("all sessions are in use")
+        } else if self.0.pool.is_failing() {
+            Err("the engine makes no sandboxes")
+        } else {
+            Ok(())
+        }
     }
 
     /// The pool below.
@@ -275,7 +278,7 @@ impl Sessions {
         let sessions: Vec<_> = self.0.table().values().cloned().collect();
         for session in sessions {
             let Ok(seat) = session.seat.clone().try_lock_owned() else { continue }; // a run is in it
-            if session.queued.load(Ordering::SeqCst) > 0 {
+            if seat.closed || session.queued.load(Ordering::SeqCst) > 0 {
                 continue;
             }
             let (expiry, reason) = self.0.expiry(&session);
@@ -349,6 +352,13 @@ impl Inner {
         self.table.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// A session and its sandbox. One without a sandbox, as yet, stays: there is nothing to destroy.
+    fn take_out(&self, key: &SessionKey) -> Option<(Arc<Session>, SandboxId)> {
+        let mut table = self.table();
+        let id = table.get(key)?.cut()?;
+        table.remove(key).map(|session| (session, id))
+    }
+
     fn expiry(&self, session: &Session) -> (Instant, &'static str) {
         let glance = session.glance();
         let idle = glance.last_end + self.settings.idle_timeout;
@@ -390,6 +400,14 @@ impl Session {
     fn new(key: SessionKey) -> Session {
         let glance = Glance { sandbox: None, last_end: Instant::now(), deleted: false };
         Session { key, seat: Arc::default(), queued: AtomicUsize::new(0), glance: Mutex::new(glance) }
+    }
+
+    /// Its sandbox is about to be removed under the run that may go on.
+    fn cut(&self) -> Option<SandboxId> {
+        let mut glance = self.glance();
+        let (id, ..) = glance.sandbox.take()?;
+        glance.deleted = true;
+        Some(id)
     }
 
     fn glance(&self) -> MutexGuard<'_, Glance> {
@@ -452,11 +470,27 @@ impl Turn {
     async fn claim(&mut self) -> Result<(), Error> {
         let (sessions, session) = (self.place().sessions.clone(), self.place().session.clone());
         let claimed = sessions.0.pool.claim(&session.key).await?;
+        if sessions.0.draining.load(Ordering::SeqCst) {
+            return Err(Error::Draining);
+        }
         session.glance().sandbox = Some((claimed.held.id.clone(), SystemTime::now(), claimed.since));
         let seat = self.seat();
         seat.claimed = Some(claimed);
         seat.out_of_memory_kills = 0;
         Ok(())
+    }
+
+    /// A sandbox past its lifetime takes no further run, however many wait for it.
+    fn retire_if_outlived(&mut self) {
+        let (sessions, session) = (self.place().sessions.clone(), self.place().session.clone());
+        let seat = self.seat.as_mut().expect("only drop takes the seat");
+        let lifetime = sessions.0.settings.lifetime_max;
+        if seat.claimed.as_ref().is_some_and(|claimed| claimed.since.elapsed() >= lifetime) {
+            seat.claimed = None;
+            session.glance().sandbox = None;
+            self.place.as_ref().expect("only drop takes the place").leave(seat);
+            sessions.0.ended("lifetime");
+        }
     }
 
     async fn conclude(&mut self, report: Report, timing: Timing) -> Done {
@@ -494,8 +528,9 @@ impl Turn {
     /// The sandbox is of no more use: removes it, and says what is known of the reason.
     async fn lose(&mut self, error: supervisor::Error, timing: Timing) -> Done {
         let (sessions, session) = (self.place().sessions.clone(), self.place().session.clone());
-        let claimed = self.seat().claimed.take().expect("a sandbox was claimed before");
-        let fate = sessions.0.fate_after(&error, &claimed.held.id).await;
+        let id = self.seat().claimed.as_ref().expect("a sandbox was claimed before").held.id.clone();
+        let fate = sessions.0.fate_after(&error, &id).await;
+        let claimed = self.seat().claimed.take().expect("nobody else has the seat");
         let deleted = {
             let mut glance = session.glance();
             glance.sandbox = None;

@@ -31,8 +31,7 @@ pub(super) struct Arguments {
 pub(super) async fn run(config: Config, arguments: Arguments) -> Result<ExitCode, Failure> {
     let Arguments { file, data, timeout } = arguments;
     let code = read(&file)?;
-    let names = serde_json::from_str::<serde_json::Map<String, serde_json::Value>>(&data);
-    names.map_err(|error| format!("--data must be a JSON object: {error}"))?;
+    crate::server::check_data(&data).map_err(|error| format!("--data: {error}"))?;
     let runtime = start_runtime(&config).await?;
     let (_, unenforced) = prove(&runtime, &config).await?;
     let metrics = Arc::new(Metrics::new());

@@ -89,6 +89,7 @@ fn server_settings(config: &Config, findings: &Findings) -> Settings {
         connections: config.server.connections,
         header_timeout: config.server.header_timeout,
         body_timeout: config.server.body_timeout,
+        write_timeout: config.server.write_timeout,
         body_bytes: config.limits.body.0 as usize,
         code_bytes: config.limits.code.0 as usize,
         timeout: config.limits.timeout,

@@ -59,6 +59,11 @@ impl Auth {
         }
     }
 
+    /// Whether no key is asked for.
+    pub(super) fn is_open(&self) -> bool {
+        matches!(self, Auth::Open)
+    }
+
     /// The tenant of a request, empty where everybody may; `None` where it may not come in.
     pub(super) fn tenant(&self, headers: &HeaderMap) -> Option<&str> {
         let Auth::Keys(keys) = self else { return Some("") };

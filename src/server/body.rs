@@ -135,7 +135,7 @@ fn timeout(raw: Option<&RawValue>, settings: &Settings) -> Result<Duration, Erro
     }
 }
 
-fn check_data(raw: &RawValue) -> Result<&str, Error> {
+pub(super) fn check_data(raw: &RawValue) -> Result<&str, Error> {
     if !raw.get().starts_with('{') {
         return Err(Error::invalid("data", "must be an object"));
     }
@@ -205,6 +205,7 @@ mod tests {
             connections: 1,
             header_timeout: second,
             body_timeout: second,
+            write_timeout: second,
             body_bytes: 1000,
             code_bytes: 10,
             timeout: second,

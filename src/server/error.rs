@@ -13,6 +13,8 @@ pub(super) enum Error {
     Invalid(String),
     #[error("an API key is required: Authorization: Bearer KEY, or X-API-Key: KEY")]
     Unauthorized,
+    #[error("pages in a browser may not use a server without API keys (auth.mode)")]
+    Forbidden,
     #[error("there is no such path")]
     NotFound,
     #[error("there is no session of this user_id")]
@@ -41,6 +43,7 @@ impl Error {
         match self {
             Error::Invalid(_) => (StatusCode::BAD_REQUEST, "invalid_request"),
             Error::Unauthorized => (StatusCode::UNAUTHORIZED, "unauthorized"),
+            Error::Forbidden => (StatusCode::FORBIDDEN, "forbidden"),
             Error::NotFound | Error::NoSession => (StatusCode::NOT_FOUND, "not_found"),
             Error::MethodNotAllowed(_) => (StatusCode::METHOD_NOT_ALLOWED, "method_not_allowed"),
             Error::RequestTimeout(_) => (StatusCode::REQUEST_TIMEOUT, "request_timeout"),

@@ -18,10 +18,20 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{Semaphore, watch};
 use tokio::task::JoinSet;
 use tokio::time::Instant;
+use tokio_io_timeout::TimeoutStream;
 
 use crate::metrics::{Counted, Metrics};
 use crate::session::Sessions;
 use auth::Auth;
+
+/// Whether a JSON text may be the `data` of a run; else why not.
+///
+/// # Errors
+/// What is wrong with it, naming the key where one is to blame.
+pub fn check_data(text: &str) -> Result<(), String> {
+    let raw = serde_json::from_str(text).map_err(|error| format!("must be a JSON object: {error}"))?;
+    body::check_data(raw).map(|_| ()).map_err(|error| error.to_string())
+}
 
 /// After a failed accept (no descriptor left, say): others may give one back meanwhile.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
@@ -37,6 +47,8 @@ pub struct Settings {
     pub header_timeout: Duration,
     /// From there to the end of its body.
     pub body_timeout: Duration,
+    /// How long an answer may stay unread.
+    pub write_timeout: Duration,
     /// Bytes of a body.
     pub body_bytes: usize,
     /// Bytes of the code in it.
@@ -134,6 +146,8 @@ async fn accept(
 async fn serve_connection(stream: TcpStream, state: Arc<State>, mut stopped: watch::Receiver<bool>) {
     let _counted = Counted::new(state.metrics.connections.clone());
     let _ = stream.set_nodelay(true); // slower answers, at worst
+    let mut stream = TimeoutStream::new(stream);
+    stream.set_write_timeout(Some(state.settings.write_timeout));
     let service = service_fn(|request| {
         let state = state.clone();
         async move { Ok::<_, std::convert::Infallible>(route::answer(&state, request).await) }
@@ -142,8 +156,7 @@ async fn serve_connection(stream: TcpStream, state: Arc<State>, mut stopped: wat
         .timer(TokioTimer::new())
         .header_read_timeout(state.settings.header_timeout)
         .max_buf_size(HEADER_BYTES)
-        .pipeline_flush(true)
-        .serve_connection(TokioIo::new(stream), service);
+        .serve_connection(TokioIo::new(Box::pin(stream)), service);
     let mut connection = std::pin::pin!(connection);
     tokio::select! {
         done = &mut connection => return note(done),

@@ -3,7 +3,7 @@
 use bytes::Bytes;
 use http_body_util::Full;
 use hyper::body::Incoming;
-use hyper::header::{ALLOW, CONTENT_TYPE, HeaderName, HeaderValue, RETRY_AFTER};
+use hyper::header::{ALLOW, CONTENT_TYPE, HeaderName, HeaderValue, ORIGIN, RETRY_AFTER};
 use hyper::{HeaderMap, Method, Request, Response, StatusCode};
 use serde::Serialize;
 use tracing::Instrument;
@@ -76,7 +76,18 @@ async fn route(state: &State, request: Request<Incoming>) -> Result<Answer, Erro
 }
 
 fn tenant<'a>(state: &'a State, headers: &HeaderMap) -> Result<&'a str, Error> {
+    if state.auth.is_open() && is_from_a_page(headers) {
+        return Err(Error::Forbidden);
+    }
     state.auth.tenant(headers).ok_or(Error::Unauthorized)
+}
+
+/// Any page that a user of this machine opens can send requests to loopback, and under a name of its own for
+/// 127.0.0.1 even read the answers; browsers say so in these headers, and no page can leave them out.
+fn is_from_a_page(headers: &HeaderMap) -> bool {
+    let typed_by_the_user = |value: &HeaderValue| value == "none";
+    headers.contains_key(ORIGIN)
+        || headers.get("sec-fetch-site").is_some_and(|value| !typed_by_the_user(value))
 }
 
 fn refuse(state: &State, error: &Error) -> Answer {

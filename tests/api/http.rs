@@ -504,6 +504,36 @@ fn a_client_that_never_reads_keeps_nobody_waiting() {
 }
 
 #[test]
+fn a_client_that_never_reads_gives_its_place_to_the_next_one() {
+    let server = server(&["--set", "server.connections=1", "--set", "server.write_timeout=300ms"]);
+    let mut deaf = Wire::new(&server);
+    // Far more than the buffers on the way hold, so that the server has to wait for its reader.
+    for _ in 0..200 {
+        deaf.send_some("GET /metrics HTTP/1.1\r\nhost: x\r\n\r\n".repeat(100));
+    }
+    assert_eq!(ask(&server, HEALTH).unwrap().status, 200);
+}
+
+#[test]
+fn a_page_in_a_browser_may_not_use_a_server_without_keys() {
+    let server = server(&[]);
+    let body = run_body("u", "result = 1");
+    let with = |lines: &str| post_bytes(&body).replacen("host: x\r\n", &format!("host: x\r\n{lines}"), 1);
+    for lines in [
+        "origin: http://evil.example\r\n",
+        "origin: null\r\n",
+        "sec-fetch-site: cross-site\r\n",
+        "sec-fetch-site: same-origin\r\n",
+    ] {
+        let answer = ask(&server, with(lines)).unwrap();
+        assert_eq!(answer.status, 403, "{lines}");
+        assert!(answer.body.contains("\"code\":\"forbidden\""), "{}", answer.body);
+    }
+    assert_eq!(ask(&server, with("sec-fetch-site: none\r\n")).unwrap().status, 200);
+    assert_eq!(server.metric("codesandbox_sessions"), 1.0, "only the last one got a session");
+}
+
+#[test]
 fn a_half_closed_connection_ends_with_an_answer_or_as_a_client_gone() {
     let server = server(&[]);
     let mut wire = Wire::new(&server);

@@ -2,7 +2,7 @@
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::TcpStream;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -182,19 +182,6 @@ impl Drop for Server {
     }
 }
 
-/// Sends bytes as they are and reads until the server closes or `enough` says so.
-pub(crate) fn exchange(stream: &mut TcpStream, bytes: &[u8], enough: impl Fn(&str) -> bool) -> String {
-    stream.write_all(bytes).unwrap();
-    let (mut text, mut buffer) = (String::new(), [0; 65536]);
-    while !enough(&text) {
-        match stream.read(&mut buffer) {
-            Ok(0) | Err(_) => break,
-            Ok(length) => text.push_str(&String::from_utf8_lossy(&buffer[..length])),
-        }
-    }
-    text
-}
-
 pub(crate) fn is_root() -> bool {
     // SAFETY: geteuid has no preconditions.
     unsafe { libc::geteuid() == 0 }
@@ -239,10 +226,6 @@ pub(crate) fn eventually(what: &str, holds: impl Fn() -> bool) {
         assert!(begun.elapsed() < Duration::from_secs(10), "never came: {what}");
         std::thread::sleep(Duration::from_millis(10));
     }
-}
-
-pub(crate) fn exists(path: &str) -> bool {
-    Path::new(path).exists()
 }
 
 /// The value of a header, by its lower-case name.
@@ -299,6 +282,12 @@ impl Wire {
         let headers = lines.filter_map(|line| line.split_once(": "));
         let headers = headers.map(|(name, value)| (name.to_lowercase(), value.to_owned())).collect();
         Some(Answer { status, headers, body: String::new() })
+    }
+
+    /// Sends what the connection takes at once; the server may have closed it.
+    pub(crate) fn send_some(&mut self, bytes: impl AsRef<[u8]>) {
+        self.stream.set_write_timeout(Some(Duration::from_millis(5))).unwrap();
+        let _ = self.stream.write(bytes.as_ref()); // a full or a closed connection takes nothing: both are meant
     }
 
     /// Whether the server has closed, with nothing unread.
