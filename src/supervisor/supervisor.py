@@ -109,7 +109,7 @@ class Input:
         self.buffer = bytearray()
 
     def fill(self):
-        data = os.read(0, 1 << 18)
+        data = os.read(0, 1 << 16)
         if not data:
             os._exit(0)  # the server is gone, and this sandbox with it
         self.buffer += data
@@ -130,47 +130,24 @@ class Input:
 # -- the run's own process ---------------------------------------------------------------------------
 
 
-def read_exactly(fd, length):
-    parts = []
-    while length:
-        part = os.read(fd, min(length, 1 << 20))
-        if not part:
-            os._exit(0)  # the supervisor has no use for this process any more
-        parts.append(part)
-        length -= len(part)
-    return b"".join(parts)
+# What is touched for the first time here costs a page's copy each run, so the forker prepares what it can.
+
+allow_digits = getattr(sys, "set_int_max_str_digits", lambda most: None)  # 3.8.14, 3.9.14, 3.10.7 and newer
+DIGITS = sys.get_int_max_str_digits() if hasattr(sys, "get_int_max_str_digits") else 0
 
 
-def unlimited_digits(function, argument):
-    """Calls with integers of any size allowed: the time limit bounds what they cost."""
-    if not hasattr(sys, "set_int_max_str_digits"):
-        return function(argument)
-    before = sys.get_int_max_str_digits()
-    sys.set_int_max_str_digits(0)
-    try:
-        return function(argument)
-    finally:
-        sys.set_int_max_str_digits(before)
-
-
-class SourceOnImport:
+class SourceFinder:
     """Puts the guest's source where tracebacks look for it, once `linecache` is imported."""
 
-    def __init__(self, source):
-        self.entry = (len(source), None, source.splitlines(True), CODE_NAME)
-
-    def place(self):
-        if "linecache" in sys.modules:
-            sys.modules["linecache"].cache[CODE_NAME] = self.entry
-        else:
-            sys.meta_path.insert(0, self)
+    source = ""
 
     def find_spec(self, name, path=None, target=None):
         if name != "linecache":
             return None
         sys.meta_path.remove(self)
         spec = sys.modules["_frozen_importlib_external"].PathFinder.find_spec(name)
-        execute, entry = spec.loader.exec_module, self.entry
+        execute = spec.loader.exec_module
+        entry = (len(self.source), None, self.source.splitlines(True), CODE_NAME)
 
         class Loader:
             create_module = staticmethod(lambda spec: None)
@@ -182,6 +159,41 @@ class SourceOnImport:
 
         spec.loader = Loader
         return spec
+
+
+FINDER = SourceFinder()
+MAIN = type(sys)("__main__")
+SCOPE = MAIN.__dict__  # of the guest's code
+
+
+def prepare(limits):
+    """In the forker, once: all that is the same for every run."""
+    os.chdir(WORKSPACE)
+    sys.path.append(WORKSPACE)  # last: a json.py there shadows nothing
+    sys.meta_path.insert(0, FINDER)
+    SCOPE["__builtins__"] = sys.modules["builtins"]
+    sys.modules["__main__"] = MAIN
+    allow_digits(0)
+    if limits["rlimits"]:  # they stand in for a control group, where the engine has none
+        import resource
+
+        for name, value in limits["rlimits"].items():
+            resource.setrlimit(getattr(resource, "RLIMIT_" + name), (value, value))
+
+
+def read_task(fd):
+    """The sections of the task, once somebody gives it."""
+    data = os.read(fd, 1 << 12)
+    if not data:
+        os._exit(0)  # the supervisor has no use for this process any more
+    (length,) = LENGTH.unpack_from(data)
+    missing = LENGTH.size + length - len(data)
+    parts = [data[LENGTH.size :]]
+    while missing:
+        parts.append(os.read(fd, min(missing, 1 << 20)))
+        missing -= len(parts[-1])
+    os.close(fd)
+    return split(b"".join(parts))
 
 
 def blame(value, path, depth=0):
@@ -222,7 +234,8 @@ class Failure(Exception):
 
 def encode_result(value, limit):
     try:
-        encoded = unlimited_digits(dumps, value).encode()
+        allow_digits(0)  # integers of any size: the time limit bounds what they cost
+        encoded = dumps(value).encode()
     except (KeyboardInterrupt, MemoryError):
         raise
     except RecursionError:
@@ -319,8 +332,8 @@ def execute(code, scope):
 
 def variables(data):
     """The data by the names that code can reach: Python reads identifiers in their NFKC form."""
-    found = unlimited_digits(loads, data)
-    if all(name.isascii() for name in found):
+    found = loads(data)
+    if data.isascii() and "\\u" not in data:
         return found
     from unicodedata import normalize
 
@@ -329,22 +342,20 @@ def variables(data):
 
 def outcome_of(source, data, limits):
     """Runs the code; gives the kind and the bytes that the result pipe carries."""
-    main = type(sys)("__main__")
-    scope = main.__dict__
-    scope["__builtins__"] = sys.modules["builtins"]
-    sys.modules["__main__"] = main
     try:
         try:
-            scope.update(variables(data) if data else {})
-            SourceOnImport(source).place()
+            if data:
+                SCOPE.update(variables(data))
+            FINDER.source = source
+            allow_digits(DIGITS)
             _signal.signal(_signal.SIGINT, _signal.default_int_handler)
             _signal.pthread_sigmask(_signal.SIG_UNBLOCK, [_signal.SIGINT])
             try:
                 code = compile(source, CODE_NAME, "exec", 0, True)
             except (SyntaxError, ValueError) as error:
                 raise failure_of(error, syntax=True)
-            execute(code, scope)
-            return RESULT, encode_result(scope.get("result"), limits["result"])
+            execute(code, SCOPE)
+            return RESULT, encode_result(SCOPE.get("result"), limits["result"])
         except Failure:
             raise
         except BaseException as error:
@@ -377,34 +388,19 @@ def feed(stdin):
     os.close(fd)
 
 
-def narrow(rlimits):
-    """Limits that stand in for a control group, where the engine has none."""
-    if rlimits:
-        import resource
-
-        for name, value in rlimits.items():
-            resource.setrlimit(getattr(resource, "RLIMIT_" + name), (value, value))
-
-
 def run_process(task, out, err, result, limits):
     """The whole life of a forked interpreter: wait for the task, run it, tell the outcome."""
     pid = os.getpid()
     os.setsid()
     os.dup2(out, 1), os.dup2(err, 2)  # 0 is the forker's own, which is empty
-    low, high = sorted((task, result))
-    for first, last in ((3, low), (low + 1, high), (high + 1, MOST_DESCRIPTORS)):
-        os.closerange(first, last)
+    low, high = (task, result) if task < result else (result, task)
+    os.closerange(3, low), os.closerange(low + 1, high), os.closerange(high + 1, MOST_DESCRIPTORS)
     if not select.select([task], [], [], 0)[0]:  # nobody waits yet
         warm_up()
-    (length,) = LENGTH.unpack(read_exactly(task, LENGTH.size))
-    source, data, stdin = split(read_exactly(task, length))
-    os.close(task)
+    source, data, stdin = read_task(task)
     if stdin:
         feed(stdin)
-    narrow(limits.get("rlimits"))
-    sys.path.append(WORKSPACE)  # last: a json.py there shadows nothing
     try:
-        os.chdir(WORKSPACE)
         kind, payload = outcome_of(source.decode(), data.decode(), limits)
         _signal.signal(_signal.SIGINT, _signal.SIG_IGN)
         flush()
@@ -495,6 +491,7 @@ class Forker:
         if self.pid == 0:
             try:
                 become_forker(theirs.fileno())
+                prepare(limits)
                 fork_forever(theirs, limits)
             finally:
                 os._exit(70)
@@ -708,6 +705,7 @@ class Supervisor:
                 self.reap()
                 time.sleep(0.0005)
             self.reap()
+        enterable()
         self.forker = Forker(self.limits)
         self.poller.register(self.forker.fd, select.POLLIN)
 
@@ -762,11 +760,7 @@ class Supervisor:
 
         An empty workspace whose ctime has not moved is still empty: nobody can set a ctime.
         """
-        status = os.stat(WORKSPACE)
-        if status.st_mode & 0o700 != 0o700:  # a run did that; neither this process nor the next run could enter
-            os.chmod(WORKSPACE, 0o700)
-            status = os.stat(WORKSPACE)
-        changed = status.st_ctime_ns
+        changed = enterable().st_ctime_ns
         if changed == self.empty_since:
             return EMPTY, False
         lines, cut = listing(WORKSPACE, self.limits["listing_lines"])
@@ -814,6 +808,15 @@ def posture():
 
 
 # -- the workspace as `ls -lR` prints it -------------------------------------------------------------
+
+
+def enterable():
+    """The workspace's status. A run may take away everybody's rights to it: the next one is to have them."""
+    status = os.stat(WORKSPACE)
+    if status.st_mode & 0o700 == 0o700:
+        return status
+    os.chmod(WORKSPACE, 0o700)
+    return os.stat(WORKSPACE)
 
 
 def names_of(path):
@@ -944,6 +947,8 @@ def main():
     if os.getpid() != 1:
         sys.exit("the supervisor kills every process that it can see: it runs as PID 1 of a sandbox only")
     sys.dont_write_bytecode = True
+    for name in ("LD_BIND_NOW", "MALLOC_TOP_PAD_"):  # they were for the start of this process
+        os.environ.pop(name, None)
     os.umask(0o022)
     supervisor = Supervisor()
     add_packages()

@@ -23,6 +23,7 @@ use std::os::unix::net::UnixStream as StdUnixStream;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use async_trait::async_trait;
 use rustix::process::Signal;
@@ -49,6 +50,8 @@ const COMPILER: &str = "import sys, marshal, _frozen_importlib_external as exter
     sys.stdout.buffer.write(external.MAGIC_NUMBER + bytes(12) + marshal.dumps(code))\n";
 /// A guess: the compiled supervisor is about 30 KiB.
 const COMPILED_BYTES: u64 = 1 << 20;
+/// From the end of a sandbox to the launcher's word on it: milliseconds, or there comes none.
+const EXIT_WAIT: Duration = Duration::from_millis(500);
 /// What is kept of a dead supervisor's stderr.
 const STDERR_BYTES: usize = 4096;
 
@@ -155,7 +158,7 @@ impl Inner {
             (&mut stream).take(COMPILED_BYTES).read_to_end(&mut compiled).await?;
             Ok::<_, io::Error>(compiled)
         };
-        let compiled = tokio::time::timeout(std::time::Duration::from_secs(20), converse).await;
+        let compiled = tokio::time::timeout(Duration::from_secs(20), converse).await;
         let compiled = compiled.unwrap_or_else(|late| Err(late.into())).map_err(Error::failed(what))?;
         if compiled.is_empty() {
             live.exit.wait().await;
@@ -289,6 +292,13 @@ impl Live {
         let _ = path.and_then(|path| fs::write(path, SUPERVISOR_OOM_SCORE_ADJ));
     }
 
+    /// Whether PID 1 has, as the kernel knows it: sooner than any message does.
+    fn has_ended(&self) -> bool {
+        use rustix::event::{PollFd, PollFlags, Timespec, poll};
+        let mut ready = [PollFd::new(&self.pidfd, PollFlags::IN)];
+        matches!(poll(&mut ready, Some(&Timespec { tv_sec: 0, tv_nsec: 0 })), Ok(1))
+    }
+
     fn last_words(&self) -> String {
         let mut text = [0; STDERR_BYTES];
         let length = rustix::io::read(&self.stderr, &mut text).unwrap_or(0);
@@ -346,8 +356,13 @@ impl Runtime for Embedded {
 
     async fn fate(&self, id: &SandboxId) -> Result<Fate> {
         let Some(live) = lock(&self.0.alive).get(id).cloned() else { return Ok(Fate::Gone) };
+        if live.has_ended() {
+            // The launcher is about to say how; where it is gone too, its own end says enough.
+            let _ = tokio::time::timeout(EXIT_WAIT, live.exit.wait()).await;
+        }
         let out_of_memory_kills = lock(&live.group).as_ref().and_then(Group::out_of_memory_kills);
         Ok(match live.exit.code() {
+            None if live.has_ended() => Fate::Gone,
             None => Fate::Running { out_of_memory_kills },
             Some(137) if out_of_memory_kills.unwrap_or(0) > 0 => Fate::OutOfMemory,
             Some(code) => Fate::Exited { code, stderr: live.last_words() },
