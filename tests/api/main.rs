@@ -6,6 +6,7 @@ mod contract;
 mod floors;
 mod hostile;
 mod http;
+mod image;
 mod isolation;
 mod lifecycle;
 mod sessions;
