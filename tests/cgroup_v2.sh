@@ -10,8 +10,10 @@ trap 'rm -rf "$work"' EXIT
 chmod 755 "$work"
 cp "$program" "$work/codesandbox"
 
+# User Mode Linux is slow: little memory, and much time to ask for it.
+hog="$work/hog.py --timeout 200s --set limits.memory=128MiB --set limits.workspace=32MiB --set limits.tmp=16MiB --set limits.shm=16MiB"
 cat >"$work/hog.py" <<'PY'
-hog = bytearray(700 << 20)
+hog = bytearray(250 << 20)
 for page in range(0, len(hog), 4096):
     hog[page] = 1
 PY
@@ -23,7 +25,7 @@ mount -t cgroup2 cgroup /sys/fs/cgroup
 cd /
 echo "BEGIN root"
 $work/codesandbox doctor
-$work/codesandbox run $work/hog.py
+$work/codesandbox run $hog
 echo 'result = "alive"' | $work/codesandbox run -
 find /sys/fs/cgroup -name 'codesandbox*'
 echo "END root"
@@ -37,12 +39,12 @@ echo "BEGIN user"
 sh -c "echo \\\$\\\$ >\$groups/user/scope/cgroup.procs; exec setpriv --reuid $user --regid $user --clear-groups \\
     env -i PATH=/usr/bin:/bin $work/codesandbox doctor"
 sh -c "echo \\\$\\\$ >\$groups/user/scope/cgroup.procs; exec setpriv --reuid $user --regid $user --clear-groups \\
-    env -i PATH=/usr/bin:/bin $work/codesandbox run $work/hog.py"
+    env -i PATH=/usr/bin:/bin $work/codesandbox run $hog"
 echo "END user"
 python3 -c 'import ctypes; ctypes.CDLL(None).reboot(0x4321fedc)'
 INIT
 chmod 755 "$work/init"
-timeout 300 linux.uml mem=1500M root=/dev/root rootfstype=hostfs rootflags=/ rw init="$work/init" \
+timeout 600 linux.uml mem=1500M root=/dev/root rootfstype=hostfs rootflags=/ rw init="$work/init" \
     con=null con0=fd:0,fd:1 quiet </dev/null >"$work/log" 2>&1 || true
 
 passed=0 failed=0
