@@ -52,7 +52,7 @@ class Floor:
 
 class Server:
     def __init__(self, *flags):
-        allow = [] if os.geteuid() == 0 else ["--allow-unenforced", "memory,cpus"]
+        allow = [] if os.geteuid() == 0 else ["--allow-unenforced", "memory,cpus,uids"]
         self.process = subprocess.Popen(
             [PROGRAM, "--listen", "127.0.0.1:0", *allow, *flags], stderr=subprocess.PIPE, text=True
         )

@@ -49,7 +49,7 @@ struct Options {
     /// Whose sandboxes are ours on a shared engine
     #[arg(long, global = true, value_name = "NAME")]
     instance: Option<String>,
-    /// Limits that may be missing where this host cannot enforce them
+    /// Protections that may be missing where this host cannot give them
     #[arg(long, global = true, value_enum, value_delimiter = ',', value_name = "LIMITS")]
     allow_unenforced: Vec<Limit>,
     /// Any other key, e.g. --set limits.memory=1GiB; may be repeated

@@ -20,6 +20,8 @@ pub const SYSTEM_FILE: &str = "/etc/codesandbox/codesandbox.toml";
 const PREFIX: &str = "CODESANDBOX_";
 /// Below this not even the supervisor lives.
 const LEAST_MEMORY: ByteSize = ByteSize::mib(32);
+/// Above it sums overflow; no machine has it.
+const MOST_MEMORY: ByteSize = ByteSize::pib(1);
 /// The supervisor, its forker, the run itself, and one process of its own.
 const LEAST_PROCESSES: u64 = 4;
 /// Above this a number of seconds overflows somewhere: a hundred years.
@@ -165,6 +167,7 @@ pub struct Pool {
 #[expect(missing_docs, reason = "each key is documented where its default stands")]
 pub struct Server {
     pub connections: usize,
+    pub bodies: ByteSize,
     #[serde(with = "humantime_serde")]
     pub header_timeout: Duration,
     #[serde(with = "humantime_serde")]
@@ -207,14 +210,18 @@ impl Layers {
     pub fn new(file: Option<&Path>, flags: &[(String, String)]) -> Result<Layers, Error> {
         let mut figment = Figment::from(Toml::string(DEFAULTS));
         match file {
-            Some(path) if !path.is_file() => {
-                return Err(Error(format!("--config {}: there is no such file", path.display())));
+            Some(path) if std::fs::File::open(path).is_err() || !path.is_file() => {
+                return Err(Error(format!(
+                    "--config {}: there is no such file, or it cannot be read",
+                    path.display()
+                )));
             }
             Some(path) => figment = figment.merge(Toml::file_exact(path)),
             None if Path::new(SYSTEM_FILE).exists() => figment = figment.merge(Toml::file_exact(SYSTEM_FILE)),
             None => {}
         }
-        figment = figment.merge(Env::prefixed(PREFIX).split("__"));
+        figment =
+            figment.merge(Env::prefixed(PREFIX).filter(|key| !is_of_kubernetes(key.as_str())).split("__"));
         for (key, value) in flags {
             let value: Value = value.parse().expect("a value's parser takes any text");
             figment = figment.merge(Flag { key: key.clone(), value });
@@ -350,11 +357,21 @@ impl Layers {
             "limits.memory",
             "must be at least 32MiB: the supervisor needs it",
         )?;
-        let files = limits.workspace.0 + limits.tmp.0 + limits.shm.0;
+        for (key, size) in [
+            ("limits.memory", limits.memory),
+            ("limits.workspace", limits.workspace),
+            ("limits.tmp", limits.tmp),
+            ("limits.shm", limits.shm),
+            ("server.bodies", server.bodies),
+        ] {
+            need(size <= MOST_MEMORY, key, "must be at most 1PiB")?;
+        }
+        need(server.bodies >= limits.body, "server.bodies", "must not be less than limits.body")?;
+        let files = limits.workspace + limits.tmp + limits.shm;
         need(
-            files < limits.memory.0,
+            files + LEAST_MEMORY <= limits.memory,
             "limits.memory",
-            "must be more than limits.workspace, limits.tmp and limits.shm together, which are in memory",
+            "must be 32MiB more than limits.workspace, limits.tmp and limits.shm together, which are in memory",
         )?;
         for (key, size) in
             [("limits.workspace", limits.workspace), ("limits.tmp", limits.tmp), ("limits.shm", limits.shm)]
@@ -391,6 +408,12 @@ impl Layers {
              auth.mode = \"none\" yourself",
         )
     }
+}
+
+/// A service of our name puts CODESANDBOX_PORT…, CODESANDBOX_SERVICE_… into every pod of its namespace.
+fn is_of_kubernetes(key: &str) -> bool {
+    let key = key.to_ascii_lowercase();
+    key == "port" || key.starts_with("port_") || key.starts_with("service_")
 }
 
 /// One flag of the command line.
@@ -442,6 +465,9 @@ mod tests {
             ("limits.timeout", "400s", "limits.timeout_max"),
             ("limits.memory", "1MiB", "32MiB"),
             ("limits.memory", "100MiB", "limits.workspace"),
+            ("limits.memory", "383MiB", "limits.workspace"),
+            ("limits.memory", "18EiB", "1PiB"),
+            ("server.bodies", "1MiB", "limits.body"),
             ("limits.memory", "many", ""),
             ("limits.cpus", "0", "0.01"),
             ("limits.processes", "3", "at least 4"),

@@ -3,8 +3,8 @@
 //! A metric's help text is its documentation.
 
 use prometheus::{
-    Encoder, Gauge, Histogram, HistogramOpts, HistogramVec, IntCounterVec, IntGauge, IntGaugeVec, Opts,
-    Registry, TextEncoder,
+    Counter, Encoder, Gauge, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge,
+    IntGaugeVec, Opts, Registry, TextEncoder,
 };
 
 /// Seconds, from a tenth of a millisecond to the longest run.
@@ -19,6 +19,10 @@ pub struct Metrics {
     pub runs: IntCounterVec,
     /// Seconds of a run by phase: `queue`, `claim`, `run`, `total`.
     pub run_seconds: HistogramVec,
+    /// CPU seconds of the runs' own processes.
+    pub run_cpu_seconds: Counter,
+    /// Minor page faults of the runs' own processes: what a run costs, on a noisy machine, too.
+    pub run_page_faults: IntCounter,
     /// Runs whose field was cut or refused at its cap.
     pub capped: IntCounterVec,
     /// HTTP requests by status.
@@ -59,6 +63,14 @@ impl Metrics {
         let metrics = Metrics {
             runs: make.counters("runs_total", "Runs by outcome: ok, or the kind of the failure.", "outcome"),
             run_seconds: make.histograms("run_seconds", "Seconds of a run by phase.", "phase"),
+            run_cpu_seconds: make.add(Counter::with_opts(Maker::options(
+                "run_cpu_seconds_total",
+                "CPU seconds of the runs' processes.",
+            ))),
+            run_page_faults: make.add(IntCounter::with_opts(Maker::options(
+                "run_page_faults_total",
+                "Minor page faults of the runs' processes.",
+            ))),
             capped: make.counters("capped_total", "Runs in which a field reached its cap.", "field"),
             requests: make.counters("http_requests_total", "HTTP requests by status.", "status"),
             refused: make.counters("refused_total", "Requests refused, by the code of the error.", "code"),

@@ -192,11 +192,18 @@ impl Sessions {
         if turn.seat().claimed.is_none() {
             turn.claim().await?;
         }
-        let claimed = Instant::now();
-        let answer = turn.supervisor().run(run).await;
+        let mut claimed = Instant::now();
+        let mut answer = turn.supervisor().run(run).await;
+        let died_idle = matches!(answer, Err(supervisor::Error::NotBegun));
+        if died_idle {
+            // Nothing of it was executed, so it may be, in a new sandbox; the files are gone all the same.
+            turn.replace().await?;
+            claimed = Instant::now();
+            answer = turn.supervisor().run(run).await;
+        }
         let timing = Timing { queue: seated - begun, claim: claimed - seated, run: claimed.elapsed() };
         let done = match answer {
-            Ok(report) => turn.conclude(report, timing).await,
+            Ok(report) => Done { lost: died_idle, ..turn.conclude(report, timing).await },
             Err(error) => turn.lose(error, timing).await,
         };
         self.count(&done);
@@ -480,6 +487,16 @@ impl Turn {
         Ok(())
     }
 
+    /// A new sandbox in place of one that died while nobody used it.
+    async fn replace(&mut self) -> Result<(), Error> {
+        let (sessions, session) = (self.place().sessions.clone(), self.place().session.clone());
+        tracing::warn!(session = %session.key, "a sandbox died while it was idle");
+        sessions.0.metrics.lost.with_label_values(&["idle"]).inc();
+        session.glance().sandbox = None;
+        self.seat().claimed = None;
+        self.claim().await
+    }
+
     /// A sandbox past its lifetime takes no further run, however many wait for it.
     fn retire_if_outlived(&mut self) {
         let (sessions, session) = (self.place().sessions.clone(), self.place().session.clone());
@@ -494,8 +511,11 @@ impl Turn {
     }
 
     async fn conclude(&mut self, report: Report, timing: Timing) -> Done {
-        let Report { outcome, stdout, stderr, workspace_files, truncated, wall: _, cpu: _, page_faults: _ } =
+        let Report { outcome, stdout, stderr, workspace_files, truncated, wall: _, cpu, page_faults } =
             report;
+        let metrics = self.place().sessions.0.metrics.clone();
+        metrics.run_cpu_seconds.inc_by(cpu.as_secs_f64());
+        metrics.run_page_faults.inc_by(page_faults);
         let outcome = match outcome {
             Outcome::Result(value) => Ok(value),
             Outcome::Failed(detail) => Err(detail),
@@ -589,7 +609,7 @@ fn why_lost(error: &supervisor::Error, fate: Option<&Fate>, deleted: bool) -> Er
         (E::Violation(_), _) => {
             ErrorDetail::new(ErrorKind::Crashed, "SandboxLost", "the sandbox broke its protocol")
         }
-        (E::Ended | E::Layer(_), _) => {
+        (E::Ended | E::NotBegun | E::Layer(_), _) => {
             ErrorDetail::new(ErrorKind::Crashed, "SandboxLost", "the sandbox died")
         }
     }

@@ -19,7 +19,6 @@ pub(super) async fn doctor(config: Config) -> Result<ExitCode, Failure> {
     for layer in &engine.layers {
         let state = match layer.state {
             LayerState::On => "on",
-            LayerState::Off => "off",
             LayerState::Unenforced => "UNENFORCED",
         };
         println!("{:<18} {state:<11} {}", layer.name, layer.by);

@@ -14,6 +14,9 @@ use crate::pool::Pool;
 use crate::session::{Owner, Sessions};
 use crate::supervisor::Run;
 
+/// What a shell gives a program that SIGINT ended.
+const INTERRUPTED: u8 = 130;
+
 #[derive(Debug, clap::Args)]
 pub(super) struct Arguments {
     /// The program; - reads it from standard input
@@ -34,13 +37,20 @@ pub(super) async fn run(config: Config, arguments: Arguments) -> Result<ExitCode
     crate::server::check_data(&data).map_err(|error| format!("--data: {error}"))?;
     let runtime = start_runtime(&config).await?;
     let (_, unenforced) = prove(&runtime, &config).await?;
+    for limit in &unenforced {
+        eprintln!("codesandbox: {limit}: not enforced on this host, as --allow-unenforced allows");
+    }
     let metrics = Arc::new(Metrics::new());
     let settings = crate::pool::Settings { size: 0, ..pool_settings(&config, caps(&config, &unenforced)) };
     let pool = Pool::new(runtime, settings, metrics.clone());
     let sessions = Sessions::new(pool, session_settings(&config), metrics);
     let run = Run { code: &code, data: &data, stdin: "", timeout: timeout.unwrap_or(config.limits.timeout) };
-    let done = sessions.run(Owner { tenant: "", user_id: "run" }, &run).await;
+    let done = tokio::select! {
+        done = sessions.run(Owner { tenant: "", user_id: "run" }, &run) => Some(done),
+        _ = tokio::signal::ctrl_c() => None, // the run was dropped, and so is being interrupted
+    };
     sessions.drain(tokio::time::Instant::now() + config.limits.grace).await;
+    let Some(done) = done else { return Ok(ExitCode::from(INTERRUPTED)) };
     let done = done?;
     std::io::stdout().write_all(done.stdout.as_bytes())?;
     std::io::stderr().write_all(done.stderr.as_bytes())?;

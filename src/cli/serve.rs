@@ -14,7 +14,7 @@ use crate::probe::{Findings, probe};
 use crate::reaper::reap;
 use crate::runtime::{LayerState, Limit, SharedRuntime};
 use crate::server::auth::Auth;
-use crate::server::{Server, Settings, State};
+use crate::server::{BodyRoom, Server, Settings, State};
 use crate::session::Sessions;
 
 pub(super) async fn serve(config: Config) -> Result<ExitCode, Failure> {
@@ -31,11 +31,20 @@ pub(super) async fn serve(config: Config) -> Result<ExitCode, Failure> {
     let pool = Pool::new(runtime, pool_settings(&config, caps(&config, &unenforced)), metrics.clone());
     let sessions = Sessions::new(pool, session_settings(&config), metrics.clone());
     let settings = server_settings(&config, &findings);
-    let server = Server::bind(config.listen, State { settings, sessions: sessions.clone(), auth, metrics })
-        .await
-        .map_err(|error| {
-            format!("cannot listen on {}: {error} (configuration key listen, or --listen)", config.listen)
-        })?;
+    let server = Server::bind(
+        config.listen,
+        State {
+            room: BodyRoom::new(settings.bodies_bytes),
+            settings,
+            sessions: sessions.clone(),
+            auth,
+            metrics,
+        },
+    )
+    .await
+    .map_err(|error| {
+        format!("cannot listen on {}: {error} (configuration key listen, or --listen)", config.listen)
+    })?;
     tracing::info!(
         "listening on http://{}, driver {}, Python {}",
         server.address()?,
@@ -91,6 +100,7 @@ fn server_settings(config: &Config, findings: &Findings) -> Settings {
         body_timeout: config.server.body_timeout,
         write_timeout: config.server.write_timeout,
         body_bytes: config.limits.body.0 as usize,
+        bodies_bytes: config.server.bodies.0 as usize,
         code_bytes: config.limits.code.0 as usize,
         timeout: config.limits.timeout,
         timeout_max: config.limits.timeout_max,

@@ -30,7 +30,7 @@ pub enum Error {
     #[error("there is no sandbox {0}")]
     Gone(SandboxId),
     /// This one call failed; another may well succeed.
-    #[error("{what}")]
+    #[error("{what}: {source}")]
     Failed {
         /// What was attempted.
         what: String,

@@ -75,7 +75,7 @@ pub enum Fate {
     Gone,
 }
 
-/// A limit that an engine may fail to enforce, by the name that `allow_unenforced` takes.
+/// A protection that an engine may fail to give, by the name that `allow_unenforced` takes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "lowercase")]
 pub enum Limit {
@@ -85,6 +85,9 @@ pub enum Limit {
     Processes,
     /// `limits.cpus`
     Cpus,
+    /// A uid of its own for each sandbox, outside of it: without one, sandboxes share what the kernel counts
+    /// by user, and have the rights that the server's own user has to files that they see.
+    Uids,
 }
 
 impl fmt::Display for Limit {
@@ -93,6 +96,7 @@ impl fmt::Display for Limit {
             Limit::Memory => "memory",
             Limit::Processes => "processes",
             Limit::Cpus => "cpus",
+            Limit::Uids => "uids",
         })
     }
 }
@@ -127,8 +131,6 @@ impl Layer {
 pub enum LayerState {
     /// Enforced by the kernel or the engine.
     On,
-    /// Switched off in the configuration.
-    Off,
-    /// Asked for, and not enforceable here; only with `allow_unenforced`.
+    /// Not to be had here, or found not to hold; a server starts with it only by `allow_unenforced`.
     Unenforced,
 }

@@ -7,6 +7,7 @@ use std::time::Duration;
 use serde::Deserialize;
 use serde::de::{IgnoredAny, MapAccess, Visitor};
 use serde_json::value::RawValue;
+use unicode_normalization::UnicodeNormalization;
 
 use super::Settings;
 use super::error::Error;
@@ -179,14 +180,16 @@ impl<'de> Deserialize<'de> for Names {
 }
 
 fn not_a_variable(key: &str) -> Option<String> {
-    let mut chars = key.chars();
+    // As Python reads it in code: names are compared in their NFKC form.
+    let name: String = key.nfkc().collect();
+    let mut chars = name.chars();
     let begins = |char: char| char == '_' || unicode_ident::is_xid_start(char);
     let identifier = chars.next().is_some_and(begins) && chars.all(unicode_ident::is_xid_continue);
     let why = if !identifier {
         "is no Python identifier"
-    } else if KEYWORDS.contains(&key) {
+    } else if KEYWORDS.contains(&name.as_str()) {
         "is a Python keyword"
-    } else if key.starts_with("__") {
+    } else if name.starts_with("__") {
         "must not begin with __"
     } else {
         return None;
@@ -207,6 +210,7 @@ mod tests {
             body_timeout: second,
             write_timeout: second,
             body_bytes: 1000,
+            bodies_bytes: 1000,
             code_bytes: 10,
             timeout: second,
             timeout_max: second * 5,
@@ -250,6 +254,8 @@ mod tests {
                 "data: the key \"class\" is a Python keyword",
             ),
             (r#"{"user_id":"a","code":"1","data":{"__name__":1}}"#, "must not begin with __"),
+            ("{\"user_id\":\"a\",\"code\":\"1\",\"data\":{\"_\u{ff3f}name\":1}}", "must not begin with __"),
+            ("{\"user_id\":\"a\",\"code\":\"1\",\"data\":{\"\u{ff49}f\":1}}", "is a Python keyword"),
             (r#"{"user_id":"a","code":"1","mode":"slow"}"#, "mode must be"),
             (r#"{"user_id":"a","code":"1","timeout_ms":0}"#, "timeout_ms must be an integer from 1 to 5000"),
             (

@@ -31,11 +31,23 @@ pub(super) enum Error {
     Session(#[from] session::Error),
     #[error("{0}")]
     NotReady(&'static str),
+    #[error("too many large bodies at once")]
+    Overloaded,
 }
 
 impl Error {
     pub(super) fn invalid(field: &str, right: impl std::fmt::Display) -> Error {
         Error::Invalid(format!("{field} {right}"))
+    }
+
+    /// What the client is told: of the engine's trouble no more than that there is some.
+    pub(super) fn message(&self) -> String {
+        match self {
+            Error::Session(session::Error::Unavailable(_)) => {
+                "no sandbox could be had; the server's log says why".into()
+            }
+            error => error.to_string(),
+        }
     }
 
     /// The status, and the code for programs.
@@ -57,6 +69,7 @@ impl Error {
             Error::Session(session::Error::Unavailable(_)) => {
                 (StatusCode::SERVICE_UNAVAILABLE, "engine_unavailable")
             }
+            Error::Overloaded => (StatusCode::SERVICE_UNAVAILABLE, "overloaded"),
             Error::NotReady(_) => (StatusCode::SERVICE_UNAVAILABLE, "not_ready"),
         }
     }
@@ -65,7 +78,7 @@ impl Error {
     pub(super) fn retry_after(&self) -> Option<u64> {
         let time = match self {
             Error::Session(session::Error::TooMany { retry_after }) => *retry_after,
-            Error::Session(_) => Duration::from_secs(1),
+            Error::Session(_) | Error::Overloaded => Duration::from_secs(1),
             _ => return None,
         };
         Some(time.as_secs().saturating_add(1).min(3600))

@@ -3,18 +3,18 @@
 use std::time::Duration;
 
 use bytes::Bytes;
-use http_body_util::{BodyExt, Full, LengthLimitError, Limited};
-use hyper::body::{Body, Incoming};
+use http_body_util::Full;
+use hyper::body::Incoming;
 use hyper::header::{CONTENT_TYPE, HeaderValue};
 use hyper::{HeaderMap, Request, Response, StatusCode};
 use percent_encoding::percent_decode_str;
 use serde::Serialize;
 use serde_json::value::RawValue;
 
+use super::State;
 use super::body::{RunRequest, check_user_id};
 use super::error::Error;
 use super::route::{Answer, json};
-use super::{Settings, State};
 use crate::session::{Done, Owner, Timing};
 use crate::supervisor::{ErrorDetail, Field, Run};
 
@@ -55,7 +55,7 @@ impl<'a> From<&'a Done> for RunAnswer<'a> {
 
 pub(super) async fn run(state: &State, tenant: &str, request: Request<Incoming>) -> Result<Answer, Error> {
     check_content_type(request.headers())?;
-    let body = read(request.into_body(), &state.settings).await?;
+    let (body, _room) = state.room.read(request.into_body(), &state.settings).await?;
     let RunRequest { user_id, code, data, stdin, timeout } = RunRequest::parse(&body, &state.settings)?;
     let run = Run { code: &code, data, stdin: &stdin, timeout };
     let done = state.sessions.run(Owner { tenant, user_id: &user_id }, &run).await?;
@@ -101,20 +101,6 @@ fn check_content_type(headers: &HeaderMap) -> Result<(), Error> {
     {
         true => Ok(()),
         false => Err(Error::UnsupportedMediaType),
-    }
-}
-
-async fn read(body: Incoming, settings: &Settings) -> Result<Bytes, Error> {
-    let too_large = Error::TooLarge { what: "the body", limit: settings.body_bytes };
-    if body.size_hint().lower() > settings.body_bytes as u64 {
-        return Err(too_large); // said so itself: not a byte of it is read
-    }
-    let all = Limited::new(body, settings.body_bytes).collect();
-    match tokio::time::timeout(settings.body_timeout, all).await {
-        Ok(Ok(body)) => Ok(body.to_bytes()),
-        Ok(Err(error)) if error.is::<LengthLimitError>() => Err(too_large),
-        Ok(Err(error)) => Err(Error::invalid("the body", format!("broke off: {error}"))),
-        Err(_) => Err(Error::RequestTimeout(settings.body_timeout)),
     }
 }
 

@@ -2,6 +2,7 @@
 
 pub mod auth;
 mod body;
+mod body_room;
 mod error;
 mod handlers;
 mod route;
@@ -23,6 +24,7 @@ use tokio_io_timeout::TimeoutStream;
 use crate::metrics::{Counted, Metrics};
 use crate::session::Sessions;
 use auth::Auth;
+pub use body_room::BodyRoom;
 
 /// Whether a JSON text may be the `data` of a run; else why not.
 ///
@@ -35,7 +37,8 @@ pub fn check_data(text: &str) -> Result<(), String> {
 
 /// After a failed accept (no descriptor left, say): others may give one back meanwhile.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
-/// Bytes of a request's line and headers together; hyper answers 431 beyond.
+/// What hyper reads of a request's line and headers before it answers 431: that much, and up to as much again
+/// of what came in one piece.
 const HEADER_BYTES: usize = 64 * 1024;
 
 /// What the server allows a client.
@@ -51,6 +54,8 @@ pub struct Settings {
     pub write_timeout: Duration,
     /// Bytes of a body.
     pub body_bytes: usize,
+    /// Bytes of all bodies that are in memory at once.
+    pub bodies_bytes: usize,
     /// Bytes of the code in it.
     pub code_bytes: usize,
     /// Wall time of a run that asks for none.
@@ -70,6 +75,8 @@ pub struct State {
     pub sessions: Sessions,
     /// Who may come in.
     pub auth: Auth,
+    /// Room for bodies.
+    pub room: BodyRoom,
     /// What is counted.
     pub metrics: Arc<Metrics>,
 }

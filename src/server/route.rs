@@ -82,8 +82,8 @@ fn tenant<'a>(state: &'a State, headers: &HeaderMap) -> Result<&'a str, Error> {
     state.auth.tenant(headers).ok_or(Error::Unauthorized)
 }
 
-/// Any page that a user of this machine opens can send requests to loopback, and under a name of its own for
-/// 127.0.0.1 even read the answers; browsers say so in these headers, and no page can leave them out.
+/// Any page that a user of this machine opens can send requests to loopback. Browsers say so in these headers,
+/// which a page cannot leave out of a POST.
 fn is_from_a_page(headers: &HeaderMap) -> bool {
     let typed_by_the_user = |value: &HeaderValue| value == "none";
     headers.contains_key(ORIGIN)
@@ -96,7 +96,7 @@ fn refuse(state: &State, error: &Error) -> Answer {
     if status.is_server_error() {
         tracing::warn!(code, %error, "could not serve a request");
     }
-    let mut response = json(&serde_json::json!({"error": error.to_string(), "code": code}));
+    let mut response = json(&serde_json::json!({"error": error.message(), "code": code}));
     *response.status_mut() = status;
     let headers = response.headers_mut();
     if let Error::MethodNotAllowed(allowed) = error {

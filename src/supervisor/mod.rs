@@ -16,7 +16,7 @@ pub use protocol::Violation;
 use protocol::{Answer, Frame, Request};
 pub use report::{ErrorDetail, ErrorKind, Field, MAX_JSON_DEPTH, Outcome, Report, json_depth};
 
-/// The program that is PID 1 of every sandbox, for `python3 -I -S -c`.
+/// The program that is PID 1 of every sandbox: for `python3 -I -S`, as it is or compiled.
 pub const SOURCE: &str = include_str!("supervisor.py");
 /// A program that tries, from inside, what the layers forbid; see `probe_layers`.
 const PROBE: &str = include_str!("probe.py");
@@ -109,6 +109,9 @@ pub enum Error {
     /// The stream ended or broke: the supervisor is dead, or its engine is.
     #[error("the stream to the supervisor ended")]
     Ended,
+    /// The stream had ended before a run was handed over as a whole: its code has surely not begun.
+    #[error("the sandbox had died before the run")]
+    NotBegun,
     /// No answer by the deadline, which every guest can reach and none can pass.
     #[error("the supervisor does not answer")]
     Unresponsive,
@@ -188,7 +191,7 @@ impl Supervisor {
         let options = format!("{{\"timeout_ms\":{}}}", run.timeout.as_millis());
         let sections = [options.as_bytes(), run.code.as_bytes(), run.data.as_bytes(), run.stdin.as_bytes()];
         let converse = async {
-            self.send(nonce, Request::Run, &sections).await?;
+            self.send(nonce, Request::Run, &sections).await.map_err(|_| Error::NotBegun)?;
             self.receive(nonce, Answer::Done, self.longest).await
         };
         let frame = timeout_at(deadline, converse).await.unwrap_or(Err(Error::Unresponsive))?;

@@ -269,7 +269,7 @@ def format_error(error, syntax=False):
             lines = traceback.format_exception(type(error), error, error.__traceback__)
         return "".join(lines).rstrip("\n")
     except Exception:
-        return type(error).__name__  # its __str__ fails, or there is no memory left for more
+        return str(type(error).__name__)  # its __str__ fails, or there is no memory left for more
 
 
 def hide_own_frames(error):
@@ -297,7 +297,7 @@ def failure_of(error, syntax=False):
         value = str(error)
     except Exception:
         value = "<exception str() failed>"
-    return Failure(kind, type(error).__name__, value, format_error(error, syntax))
+    return Failure(kind, str(type(error).__name__), value, format_error(error, syntax))
 
 
 def end_of(error):
@@ -653,7 +653,7 @@ class Supervisor:
         self.backlog = []
         self.empty_since = None
         self.limits = None
-        self.forker = None
+        self.forker = self.waiting = None
         self.poller = select.poll()
         self.child_ended, wake = os.pipe()
         for fd in (self.child_ended, wake):
@@ -708,6 +708,7 @@ class Supervisor:
         enterable()
         self.forker = Forker(self.limits)
         self.poller.register(self.forker.fd, select.POLLIN)
+        self.waiting = self.forker.next()
 
     def hello(self, nonce, payload):
         self.limits = loads(split(payload)[0].decode())
@@ -728,11 +729,13 @@ class Supervisor:
         run.drain()
         send(nonce, DONE, *self.answer(run, spent))
         interpreter.close()
+        if self.waiting is None:
+            self.waiting = self.forker.next()  # at once: descriptors under way count against a user of the host
 
     def begin(self, task):
         """An interpreter that has the task. One that died waiting has not begun it, so another one may."""
         for _ in range(ATTEMPTS):
-            interpreter = self.forker.next()
+            interpreter, self.waiting = self.waiting, None
             if interpreter and interpreter.give(task):
                 return interpreter
             if interpreter:
@@ -872,8 +875,8 @@ def describe(entry, status, now):
     return mode, str(status.st_nlink), owner, group, str(status.st_size), when(status.st_mtime, now), name
 
 
-def directory(path, now):
-    """The lines of one directory and its subdirectories' names."""
+def directory(path, now, most):
+    """The first lines of one directory, and its subdirectories' names. Describing is what takes time."""
     with os.scandir(path) as entries:
         entries = sorted((e for e in entries if not e.name.startswith(".")), key=lambda e: os.fsencode(e.name))
     rows, below, blocks = [], [], 0
@@ -883,7 +886,8 @@ def directory(path, now):
         except OSError:
             continue
         blocks += status.st_blocks
-        rows.append(describe(entry, status, now))
+        if len(rows) < most:
+            rows.append(describe(entry, status, now))
         if _stat.S_ISDIR(status.st_mode):
             below.append(entry.name)
     lines = ["total %d" % ((blocks + 1) // 2)]
@@ -903,7 +907,7 @@ def listing(root, most):
     while pending:
         relative = pending.pop()
         try:
-            here, below = directory(root + relative[1:], now)
+            here, below = directory(root + relative[1:], now, most - len(lines))
         except OSError:  # no permission, or deeper than a path may be
             continue
         if relative != ".":
@@ -925,7 +929,11 @@ def add_packages():
     import site
 
     site.ENABLE_USER_SITE = False
-    sys.path.extend(path for path in site.getsitepackages() if os.path.isdir(path))
+    packages = site.getsitepackages()
+    environment = os.path.dirname(os.path.dirname(sys.executable))
+    if os.path.exists(environment + "/pyvenv.cfg"):  # a virtual environment's, and not its base's
+        packages = ["%s/lib/python%d.%d/site-packages" % (environment, *sys.version_info[:2])]
+    sys.path.extend(path for path in packages if os.path.isdir(path))
     site.setquit()
     site.setcopyright()
     site.sethelper()

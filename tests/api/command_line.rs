@@ -11,7 +11,7 @@ use crate::support::{PROGRAM, command_line, is_root};
 fn sandboxed(arguments: &[&str], stdin: &str) -> (i32, String, String) {
     let mut all = arguments.to_vec();
     if !is_root() {
-        all.extend(["--allow-unenforced", "memory,cpus"]);
+        all.extend(["--allow-unenforced", "memory,cpus,uids"]);
     }
     command_line(&all, stdin)
 }

@@ -590,7 +590,7 @@ fn everything_is_enforced_for_root() {
 fn an_interpreter_that_is_none_stops_the_start_with_a_remedy() {
     for python in ["/nonexistent/python3", "/bin/true"] {
         let flag = format!("embedded.python={python}");
-        let allow = ["--allow-unenforced", "memory,cpus"];
+        let allow = ["--allow-unenforced", "memory,cpus,uids"];
         let arguments: Vec<&str> = [&["--listen", "127.0.0.1:0", "--set", &flag], &allow[..]].concat();
         let (status, _, said) = command_line(&arguments, "");
         assert_eq!(status, 2, "{said}");

@@ -30,7 +30,7 @@ impl Server {
         let mut command = Command::new(PROGRAM);
         command.args(flags);
         if !is_root() {
-            command.args(["--allow-unenforced", "memory,cpus"]);
+            command.args(["--allow-unenforced", "memory,cpus,uids"]);
         }
         Server::spawn(command, None)
     }
@@ -38,7 +38,7 @@ impl Server {
     /// As an ordinary user, where the tests run as root; without a control group of its own.
     pub(crate) fn start_as_ordinary_user(flags: &[&str]) -> Server {
         let (mut command, directory) = as_ordinary_user();
-        command.args(flags).args(["--allow-unenforced", "memory,cpus"]);
+        command.args(flags).args(["--allow-unenforced", "memory,cpus,uids"]);
         Server::spawn(command, Some(directory))
     }
 

@@ -17,6 +17,8 @@ use crate::runtime::{Limit, SandboxSpec};
 const PERIOD_US: u64 = 100_000;
 /// A group is busy for a moment after its last process: `rmdir` is tried again that often.
 const REMOVALS: u32 = 100;
+/// The share of a sandbox's memory that may lie in socket buffers beside it, under version 1: a guess.
+const SOCKET_SHARE: u64 = 16;
 const CONTROLLERS: [(Limit, &str); 3] =
     [(Limit::Memory, "memory"), (Limit::Processes, "pids"), (Limit::Cpus, "cpu")];
 
@@ -176,13 +178,16 @@ fn write_limits(limit: Option<Limit>, directory: &Path, spec: &SandboxSpec) -> i
         }
         Some(Limit::Memory) => {
             write("memory.limit_in_bytes", spec.memory_bytes.to_string())?;
-            optional("memory.memsw.limit_in_bytes", spec.memory_bytes.to_string())
+            optional("memory.memsw.limit_in_bytes", spec.memory_bytes.to_string())?;
+            // Version 1 counts socket buffers apart (TCP and UDP alike); a guest could hold gigabytes in them.
+            optional("memory.kmem.tcp.limit_in_bytes", (spec.memory_bytes / SOCKET_SHARE).to_string())
         }
         Some(Limit::Processes) => write("pids.max", spec.processes.to_string()),
         Some(Limit::Cpus) => {
             write("cpu.cfs_period_us", PERIOD_US.to_string())?;
             write("cpu.cfs_quota_us", quota.to_string())
         }
+        Some(Limit::Uids) => Ok(()), // no controller's
     }
 }
 

@@ -35,9 +35,14 @@ pub(super) const NAMESPACE_LIMITS: [&str; 8] = [
     "max_uts_namespaces",
 ];
 
+/// Bytes of one TCP connection's buffers, least, first and most: what no control group may count is small.
+pub(super) const NETWORK_LIMITS: [(&str, &str); 2] =
+    [("ipv4/tcp_rmem", "4096 65536 262144"), ("ipv4/tcp_wmem", "4096 65536 262144")];
+
 /// The host's directories that make the root file system, read-only. Nothing of /home, /var, /root, /srv.
-pub(super) const HOST_DIRECTORIES: [&str; 8] =
-    ["/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32", "/opt"];
+/// Nor of /opt, where services keep what is theirs.
+pub(super) const HOST_DIRECTORIES: [&str; 7] =
+    ["/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32"];
 
 /// What a Python program needs of the host's /etc, and no more: no passwd, no shadow, no resolv.conf.
 pub(super) const HOST_ETC: [&str; 12] = [

@@ -48,6 +48,7 @@ type Made = std::result::Result<OwnedFd, Failure>;
 pub(super) struct Link {
     socket: Arc<AsyncFd<OwnedFd>>,
     waiting: Arc<Waiting>,
+    ids: Ids,
     /// Held so that the process is reaped; it ends when the socket closes.
     _process: Child,
 }
@@ -84,10 +85,15 @@ impl Link {
         // SAFETY: an OwnedFd is open for as long as it lives, and its number never changes.
         let socket = unsafe { AsyncFd::register(ours) };
         let socket = Arc::new(socket.map_err(io::Error::from).map_err(Error::failed(what()))?);
-        build(&socket, preparation).await?;
+        let ids = build(&socket, preparation).await?;
         let waiting = Arc::new(Waiting(Mutex::new(Some(Book::default()))));
         tokio::spawn(listen(socket.clone(), waiting.clone())); // ends with the socket, which `drop` shuts down
-        Ok(Arc::new(Link { socket, waiting, _process: process }))
+        Ok(Arc::new(Link { socket, waiting, ids, _process: process }))
+    }
+
+    /// Whether each sandbox is a user of its own to the host.
+    pub(super) fn separates_uids(&self) -> bool {
+        matches!(self.ids, Ids::Range { .. })
     }
 
     pub(super) fn is_alive(&self) -> bool {
@@ -153,16 +159,17 @@ pub(super) fn root_ids() -> Ids {
 }
 
 /// The first messages, up to a root file system that stands.
-async fn build(socket: &AsyncFd<OwnedFd>, preparation: Preparation) -> Result<()> {
+async fn build(socket: &AsyncFd<OwnedFd>, preparation: Preparation) -> Result<Ids> {
     let what = "prepare the launcher";
+    let mut ids = preparation.ids;
     send(socket, &Request::Prepare(preparation), &[]).await.map_err(Error::failed(what))?;
     loop {
         match receive(socket).await.map_err(Error::failed(what))? {
             Some((Reply::MapMe { pid }, _)) => {
-                let ids = map_ids(pid).await.map_err(|failure| remedy::of(&failure))?;
+                ids = map_ids(pid).await.map_err(|failure| remedy::of(&failure))?;
                 send(socket, &Request::Mapped { ids }, &[]).await.map_err(Error::failed(what))?;
             }
-            Some((Reply::Ready, _)) => return Ok(()),
+            Some((Reply::Ready, _)) => return Ok(ids),
             Some((Reply::Unusable(failure), _)) => return Err(remedy::of(&failure)),
             Some(_) => {}
             None => {

@@ -149,7 +149,8 @@ impl Inner {
             shm_bytes: 1 << 20,
             inodes: 64,
         };
-        let (mut stream, live) = self.launch(link, &spec, Program::Compiler, None).await?;
+        let (mut stream, live) =
+            self.launch(link, self.next_number(), &spec, Program::Compiler, None).await?;
         let what = "compile the supervisor";
         let converse = async {
             stream.write_all(self.supervisor.as_bytes()).await?;
@@ -172,14 +173,18 @@ impl Inner {
         Ok(compiled)
     }
 
+    fn next_number(&self) -> u64 {
+        self.numbers.fetch_add(1, Ordering::Relaxed)
+    }
+
     async fn launch(
         &self,
         link: &Link,
+        number: u64,
         spec: &SandboxSpec,
         program: Program,
         group: Option<Group>,
     ) -> Result<(UnixStream, Live)> {
-        let number = self.numbers.fetch_add(1, Ordering::Relaxed);
         let wrap = |what: &'static str| Error::failed(format!("{what} of a new sandbox"));
         let (ours, theirs) = StdUnixStream::pair().map_err(wrap("make the stream"))?;
         ours.set_nonblocking(true).map_err(wrap("make the stream"))?;
@@ -196,14 +201,14 @@ impl Inner {
 
     async fn create(self: &Arc<Self>, spec: SandboxSpec) -> Result<Sandbox> {
         let link = self.link().await?;
-        let number = self.numbers.fetch_add(1, Ordering::Relaxed);
+        let number = self.next_number();
         let this = self.clone();
         let made = spec.clone();
         let group = tokio::task::spawn_blocking(move || this.groups.create(number, &made))
             .await
             .unwrap_or_else(|panic| Err(io::Error::other(panic)))
             .map_err(Error::failed("make the control group of a new sandbox"))?;
-        let (stream, live) = self.launch(&link, &spec, Program::Supervisor, Some(group)).await?;
+        let (stream, live) = self.launch(&link, number, &spec, Program::Supervisor, Some(group)).await?;
         let (id, live) = (SandboxId(number.to_string()), Arc::new(live));
         lock(&self.alive).insert(id.clone(), live.clone());
         let attached = tokio::task::spawn_blocking(move || live.attach_group()).await;
@@ -235,7 +240,7 @@ impl Inner {
         })
     }
 
-    fn layers(&self) -> Vec<Layer> {
+    fn layers(&self, separate_uids: bool) -> Vec<Layer> {
         let enforced = self.groups.limits();
         let limit = |name, limit, stand_in: &str| match enforced.contains(&limit) {
             true => Layer::on(name, self.groups.describe()),
@@ -256,8 +261,18 @@ impl Inner {
             // Since Linux 5.14 it counts within the sandbox's own user namespace.
             false => Layer::on("processes", "RLIMIT_NPROC in a user namespace of its own"),
         });
+        layers.push(match separate_uids {
+            true => Layer::on("uids", "a uid of its own for each sandbox"),
+            false => Layer {
+                name: "uids",
+                state: LayerState::Unenforced,
+                by: "all sandboxes have the uid of the server's own user".into(),
+                limit: Some(Limit::Uids),
+                remedy: Some(remedy::UIDS.into()),
+            },
+        });
         layers.extend([
-            Layer::on("user_namespace", "uid 1000 inside, an unprivileged one outside"),
+            Layer::on("user_namespace", "uid 1000 inside, without rights outside"),
             Layer::on("capabilities", "none, bounding set empty"),
             Layer::on("no_new_privileges", "prctl"),
             Layer::on("seccomp", "config/seccomp.json"),
@@ -313,13 +328,13 @@ impl Runtime for Embedded {
     }
 
     async fn probe(&self) -> Result<Engine> {
-        self.0.link().await?;
+        let link = self.0.link().await?;
         let settings = &self.0.settings;
         Ok(Engine {
             version: env!("CARGO_PKG_VERSION").into(),
             rootless: !rustix::process::geteuid().is_root(),
             image: settings.rootfs.as_ref().map_or("host".into(), |path| path.display().to_string()),
-            layers: self.0.layers(),
+            layers: self.0.layers(link.separates_uids()),
         })
     }
 
@@ -360,11 +375,13 @@ impl Runtime for Embedded {
             // The launcher is about to say how; where it is gone too, its own end says enough.
             let _ = tokio::time::timeout(EXIT_WAIT, live.exit.wait()).await;
         }
-        let out_of_memory_kills = lock(&live.group).as_ref().and_then(Group::out_of_memory_kills);
+        // Without a group nobody is killed for want of memory: a call for more fails.
+        let kills = lock(&live.group).as_ref().and_then(Group::out_of_memory_kills);
+        let out_of_memory_kills = kills.unwrap_or(0);
         Ok(match live.exit.code() {
             None if live.has_ended() => Fate::Gone,
-            None => Fate::Running { out_of_memory_kills },
-            Some(137) if out_of_memory_kills.unwrap_or(0) > 0 => Fate::OutOfMemory,
+            None => Fate::Running { out_of_memory_kills: Some(out_of_memory_kills) },
+            Some(137) if out_of_memory_kills > 0 => Fate::OutOfMemory,
             Some(code) => Fate::Exited { code, stderr: live.last_words() },
         })
     }

@@ -83,8 +83,11 @@ async fn ask(candidate: &OsStr) -> io::Result<Python> {
     if (number(parts.next()), number(parts.next())) < OLDEST {
         return Err(io::Error::other(format!("it is Python {version}, older than 3.8")));
     }
+    let environment =
+        Path::new(path).ancestors().nth(2).filter(|directory| directory.join("pyvenv.cfg").exists());
     let of_system =
         |prefix: &&str| HOST_DIRECTORIES.iter().any(|directory| Path::new(prefix).starts_with(directory));
-    let prefixes = lines.filter(|prefix| !of_system(prefix)).map(PathBuf::from).collect();
+    let prefixes = lines.filter(|prefix| !of_system(prefix)).map(PathBuf::from);
+    let prefixes = prefixes.chain(environment.map(Path::to_path_buf)).collect();
     Ok(Python { path: PathBuf::from(path), prefixes })
 }

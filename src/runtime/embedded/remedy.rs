@@ -7,14 +7,21 @@ use crate::runtime::Error;
 pub(super) const CGROUP: &str = "run as root, or give the server a control group of its own: \
     systemd-run --user --scope -p Delegate=yes codesandbox; or accept it by name: --allow-unenforced memory,cpus";
 
+/// For an ordinary user with but one id.
+pub(super) const UIDS: &str = "install uidmap (apt-get install uidmap) and give this user ids of its own in \
+    /etc/subuid and /etc/subgid (usermod --add-subuids 100000-165535 --add-subgids 100000-165535 USER); or accept it \
+    by name: --allow-unenforced uids";
+
 const USER_NAMESPACES: &str = "this host forbids user namespaces to ordinary users. One of these helps: \
     Ubuntu 23.10 and newer: a file /etc/apparmor.d/codesandbox with `abi <abi/4.0>, include <tunables/global> \
     profile codesandbox /path/to/codesandbox flags=(unconfined) { userns, }`, then apparmor_parser -r on it; \
     sysctl -w kernel.apparmor_restrict_unprivileged_userns=0; sysctl -w kernel.unprivileged_userns_clone=1; \
-    sysctl -w user.max_user_namespaces=15000; running as root; or driver = \"docker\" or \"podman\"";
+    sysctl -w user.max_user_namespaces=15000; or running as root";
 const IN_A_CONTAINER: &str = "inside a container this needs CAP_SYS_ADMIN and an unmasked /proc (docker run \
-    --privileged, podman run --security-opt unmask=ALL --cap-add SYS_ADMIN); or use driver = \"docker\" or \"podman\"";
-const KERNEL: &str = "Linux 5.12 or newer; or use driver = \"docker\" or \"podman\"";
+    --privileged, podman run --security-opt unmask=ALL --cap-add SYS_ADMIN)";
+const KERNEL: &str = "Linux 5.12 or newer";
+const OWN_LIMITS: &str = "raise the server's own limits above limits.open_files and limits.processes (ulimit -Hn and \
+    -Hu, or LimitNOFILE and LimitNPROC of its systemd unit), or lower those";
 const PATHS: &str =
     "check that the path exists and that this user may read it (embedded.rootfs, embedded.python)";
 
@@ -29,6 +36,8 @@ pub(super) fn of(failure: &Failure) -> Error {
         KERNEL
     } else if begins(&["mount", "make mounts private", "pivot_root", "mask"]) {
         if rustix::process::geteuid().is_root() { IN_A_CONTAINER } else { USER_NAMESPACES }
+    } else if begins(&["setrlimit"]) {
+        OWN_LIMITS
     } else if begins(&["open", "read"]) {
         PATHS
     } else {

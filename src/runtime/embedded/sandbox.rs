@@ -96,6 +96,7 @@ fn fill_root(spec: &SandboxSpec) -> Result<(), Failure> {
     let proc = MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC;
     step("mount /proc", mount("proc", "proc", "proc", proc, None))?;
     step("limit namespaces", forbid_namespaces())?;
+    step("limit the network's buffers", limit_network())?;
     let pts = MountFlags::NOSUID | MountFlags::NOEXEC;
     step("mount /dev/pts", mount("devpts", "dev/pts", "devpts", pts, Some(&*text(PTS_OPTIONS))))?;
     for (name, bytes, mode, more) in [
@@ -119,6 +120,13 @@ fn forbid_namespaces() -> io::Result<()> {
             Err(error) if error.kind() == io::ErrorKind::NotFound => {} // no such kind in this kernel
             done => done?,
         }
+    }
+    Ok(())
+}
+
+fn limit_network() -> io::Result<()> {
+    for (name, value) in NETWORK_LIMITS {
+        fs::write(Path::new("proc/sys/net").join(name), value)?;
     }
     Ok(())
 }
