@@ -77,7 +77,7 @@ struct Ready {
     _counted: Counted,
 }
 
-/// A sandbox with everything that goes with it. To be given back by `Pool::remove`.
+/// A sandbox with everything that goes with it. Dropping it has it removed.
 #[derive(Debug)]
 pub struct Held {
     /// The engine's name for it.
@@ -162,11 +162,6 @@ impl Pool {
             return Err(error.into());
         }
         Ok(Claimed { held, since: Instant::now(), _counted: self.0.counted("claimed") })
-    }
-
-    /// Removes a claimed sandbox in the background: until it is gone, however often that takes.
-    pub fn remove(&self, claimed: Claimed) {
-        drop(claimed);
     }
 
     /// Removes all that waits and makes no more; what is claimed is its session's to give back.

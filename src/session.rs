@@ -392,9 +392,7 @@ impl Inner {
 
     fn close(&self, mut seat: OwnedMutexGuard<Seat>) {
         seat.closed = true;
-        if let Some(claimed) = seat.claimed.take() {
-            self.pool.remove(claimed);
-        }
+        seat.claimed = None; // and with it the sandbox
     }
 
     fn ended(&self, reason: &str) {
@@ -559,7 +557,7 @@ impl Turn {
         let detail = why_lost(&error, fate.as_ref().ok(), deleted);
         tracing::warn!(session = %session.key, sandbox = %claimed.held.id, %error, ?fate, "a sandbox was lost");
         sessions.0.metrics.lost.with_label_values(&[detail.kind.as_str()]).inc();
-        sessions.0.pool.remove(claimed);
+        drop(claimed); // and with it the sandbox
         Done {
             outcome: Err(detail),
             stdout: String::new(),
@@ -586,9 +584,7 @@ impl Drop for Turn {
                 let metrics = &place.sessions.0.metrics;
                 metrics.lost.with_label_values(&[ErrorKind::Cancelled.as_str()]).inc();
                 place.session.glance().sandbox = None;
-                if let Some(claimed) = seat.claimed.take() {
-                    place.sessions.0.pool.remove(claimed);
-                }
+                seat.claimed = None; // and with it the sandbox
                 place.leave(&mut seat);
             }
             place.sessions.0.metrics.runs.with_label_values(&[ErrorKind::Cancelled.as_str()]).inc();
