@@ -148,7 +148,9 @@ class SourceFinder:
         sys.meta_path.remove(self)
         spec = sys.modules["_frozen_importlib_external"].PathFinder.find_spec(name)
         execute = spec.loader.exec_module
-        entry = (len(self.source), None, self.source.splitlines(True), CODE_NAME)
+        # As Python counts lines, each with its end, as those of a file: carets are placed by it.
+        lines = self.source.replace("\r\n", "\n").replace("\r", "\n").split("\n")
+        entry = (len(self.source), None, [line + "\n" for line in lines], CODE_NAME)
 
         class Loader:
             create_module = staticmethod(lambda spec: None)

@@ -229,6 +229,24 @@ fn a_run_that_ignores_the_interrupt_is_killed_with_all_its_processes() {
 }
 
 #[test]
+fn a_traceback_is_the_one_of_a_file_with_that_code() {
+    let server = Server::start(&[]);
+    // No newline at the end; a form feed and a line separator, which end no line; a carriage return, which does.
+    for code in ["1/0", "x = '\u{2028}'\n\u{c}\r1/0", "def f():\r\n    return 1/0\r\nf()"] {
+        let file = format!(
+            "import runpy, traceback\nopen('/tmp/f.py', 'w', newline='').write({})\ntry: runpy.run_path('/tmp/f.py')\nexcept ZeroDivisionError: result = traceback.format_exc()",
+            json!(code)
+        );
+        let of_file = server.run("file", &file)["result"].as_str().unwrap().to_owned();
+        let of_code = server.run("code", code)["error_detail"]["traceback"].as_str().unwrap().to_owned();
+        let tail = |text: &str, name: &str| {
+            text[text.find(&format!("File \"{name}\"")).unwrap()..].replace(name, "<code>")
+        };
+        assert_eq!(tail(&of_code, "<code>").trim(), tail(&of_file, "/tmp/f.py").trim(), "{code:?}");
+    }
+}
+
+#[test]
 fn what_was_printed_before_a_crash_is_in_the_answer() {
     let server = Server::start(&[]);
     for (code, kind_of_it) in [
