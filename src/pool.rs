@@ -197,7 +197,7 @@ impl Pool {
     }
 
     fn keep_or_discard(&self, held: Held) {
-        if self.warm() < self.0.settings.size && !self.0.starting.is_closed() {
+        if self.warm() < self.0.settings.size {
             self.0.keep(held);
         }
     }
@@ -241,17 +241,8 @@ impl Inner {
         let begun = Instant::now();
         let limit = self.settings.create_timeout;
         let made = tokio::time::timeout(limit, self.runtime.create(&self.settings.spec)).await;
-        let sandbox = match made {
-            Ok(Ok(sandbox)) => sandbox,
-            Ok(Err(error)) => {
-                self.failed("create");
-                return Err(error.into());
-            }
-            Err(_) => {
-                self.failed("create");
-                return Err(Error::Late(limit));
-            }
-        };
+        let made = made.map_err(|_| Error::Late(limit)).and_then(|made| Ok(made?));
+        let sandbox = made.inspect_err(|_| self.failed("create"))?;
         let (runtime, metrics) = (self.runtime.clone(), self.metrics.clone());
         let disposal = Disposal { runtime, id: sandbox.id.clone(), permit: Some(permit), metrics };
         match Supervisor::attach(sandbox.stream, &self.settings.caps, begun + limit).await {
@@ -286,9 +277,6 @@ async fn fill(pool: Weak<Inner>, wanted: Arc<Notify>) {
         match inner.make().await {
             Ok(held) => {
                 pause = RETRY.0;
-                if inner.starting.is_closed() {
-                    return;
-                }
                 inner.keep(held);
             }
             Err(error) => {

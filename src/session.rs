@@ -142,9 +142,12 @@ struct Session {
     glance: Mutex<Glance>,
 }
 
+/// A claimed sandbox, and since when.
+type Seen = (SandboxId, SystemTime, Instant);
+
 #[derive(Debug)]
 struct Glance {
-    sandbox: Option<(SandboxId, SystemTime, Instant)>,
+    sandbox: Option<Seen>,
     last_end: Instant,
     deleted: bool,
 }
@@ -215,17 +218,15 @@ impl Sessions {
         let session = self.0.table().get(&self.key(owner)).cloned()?;
         let running = session.queued.load(Ordering::SeqCst) > 0;
         let glance = session.glance();
-        let (_, created_at, since) = glance.sandbox.as_ref()?;
+        let (_, created_at, _) = glance.sandbox.as_ref()?;
         let now = Instant::now();
         let idle = if running { Duration::ZERO } else { now - glance.last_end };
-        let settings = &self.0.settings;
-        let expires =
-            (settings.idle_timeout.saturating_sub(idle)).min((*since + settings.lifetime_max) - now);
+        let (expiry, _) = self.0.expiry_of(glance.sandbox.as_ref(), now - idle);
         Some(Description {
             state: if running { "running" } else { "idle" },
             created_at: *created_at,
             idle_ms: idle.as_millis() as u64,
-            expires_in_ms: expires.as_millis() as u64,
+            expires_in_ms: (expiry - now).as_millis() as u64,
             driver: self.0.pool.runtime().name(),
         })
     }
@@ -368,8 +369,13 @@ impl Inner {
 
     fn expiry(&self, session: &Session) -> (Instant, &'static str) {
         let glance = session.glance();
-        let idle = glance.last_end + self.settings.idle_timeout;
-        match &glance.sandbox {
+        self.expiry_of(glance.sandbox.as_ref(), glance.last_end)
+    }
+
+    /// When a session that does nothing from `idle_since` on is to be closed, and why.
+    fn expiry_of(&self, sandbox: Option<&Seen>, idle_since: Instant) -> (Instant, &'static str) {
+        let idle = idle_since + self.settings.idle_timeout;
+        match sandbox {
             Some((_, _, since)) if *since + self.settings.lifetime_max < idle => {
                 (*since + self.settings.lifetime_max, "lifetime")
             }

@@ -44,6 +44,7 @@ echo "END user"
 python3 -c 'import ctypes; ctypes.CDLL(None).reboot(0x4321fedc)'
 INIT
 chmod 755 "$work/init"
+# How it ends tells nothing; what it printed is checked below, its end included.
 timeout 600 linux.uml mem=1500M root=/dev/root rootfstype=hostfs rootflags=/ rw init="$work/init" \
     con=null con0=fd:0,fd:1 quiet </dev/null >"$work/log" 2>&1 || true
 

@@ -123,6 +123,12 @@ impl Layer {
     pub fn on(name: &'static str, by: impl Into<String>) -> Layer {
         Layer { name, state: LayerState::On, by: by.into(), limit: None, remedy: None }
     }
+
+    /// A layer that cannot be had here, and that a configuration may do without by the name of `limit`.
+    pub fn unenforced(name: &'static str, by: impl Into<String>, limit: Limit, remedy: &str) -> Layer {
+        let state = LayerState::Unenforced;
+        Layer { name, state, by: by.into(), limit: Some(limit), remedy: Some(remedy.into()) }
+    }
 }
 
 /// How a protection stands.

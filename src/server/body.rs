@@ -181,13 +181,13 @@ impl<'de> Deserialize<'de> for Names {
 
 fn not_a_variable(key: &str) -> Option<String> {
     // As Python reads it in code: names are compared in their NFKC form.
-    let name: String = key.nfkc().collect();
+    let name = if key.is_ascii() { Cow::Borrowed(key) } else { Cow::Owned(key.nfkc().collect()) };
     let mut chars = name.chars();
     let begins = |char: char| char == '_' || unicode_ident::is_xid_start(char);
     let identifier = chars.next().is_some_and(begins) && chars.all(unicode_ident::is_xid_continue);
     let why = if !identifier {
         "is no Python identifier"
-    } else if KEYWORDS.contains(&name.as_str()) {
+    } else if KEYWORDS.contains(&&*name) {
         "is a Python keyword"
     } else if name.starts_with("__") {
         "must not begin with __"

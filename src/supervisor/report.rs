@@ -1,6 +1,5 @@
 //! What came of a run. Every byte of it was a stranger's: here it is checked once, and typed from then on.
 
-use std::borrow::Cow;
 use std::time::Duration;
 
 use bytes::{Buf, Bytes};
@@ -271,6 +270,7 @@ impl Report {
         }
         let (wall, cpu, page_faults) = (facts.wall, facts.cpu, facts.page_faults);
         let outcome = outcome(&facts, told, &payload, timeout);
+        let text = |bytes: Bytes| String::from_utf8_lossy(&bytes).into_owned();
         let (stdout, stderr) = (text(stdout), text(stderr));
         Ok(Report { outcome, stdout, stderr, workspace_files, truncated, wall, cpu, page_faults })
     }
@@ -343,13 +343,6 @@ pub fn json_depth(text: &str) -> usize {
         }
     }
     deepest
-}
-
-fn text(bytes: Bytes) -> String {
-    match String::from_utf8_lossy(&bytes) {
-        Cow::Borrowed(text) => text.to_owned(),
-        Cow::Owned(text) => text,
-    }
 }
 
 fn signal_name(signal: i32) -> &'static str {

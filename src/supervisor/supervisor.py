@@ -547,7 +547,7 @@ class Capture:
         return b"".join(self.parts)
 
 
-def first_frame(data, limits):
+def first_frame(data):
     """The outcome that the run's process sent: its kind and payload; None where there is no whole one."""
     if len(data) < OUTCOME.size:
         return None
@@ -750,7 +750,7 @@ class Supervisor:
         os._exit(1)
 
     def answer(self, run, spent):
-        outcome = first_frame(run.result.bytes(), self.limits)
+        outcome = first_frame(run.result.bytes())
         lines, cut = self.listing()
         report = REPORT.pack(
             os.WEXITSTATUS(run.status) if os.WIFEXITED(run.status) else NOTHING,
@@ -774,8 +774,8 @@ class Supervisor:
             return EMPTY, False
         lines, cut = listing(WORKSPACE, self.limits["listing_lines"])
         # A change within the clock's tick (at most 10 ms) of this look would leave the same ctime.
-        settled = changed < time.time_ns() - 50_000_000 and not os.listdir(WORKSPACE)
-        self.empty_since = changed if settled else None
+        settled = changed < time.time_ns() - 50_000_000
+        self.empty_since = changed if settled and lines == ["total 0"] else None
         return dumps(lines).encode("utf-8", "backslashreplace"), cut
 
     def next_frame(self):

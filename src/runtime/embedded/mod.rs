@@ -31,8 +31,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
 
 use super::{
-    Engine, Error, Fate, Found, Layer, LayerState, Limit, Result, Runtime, Sandbox, SandboxId, SandboxSpec,
-    SessionKey,
+    Engine, Error, Fate, Found, Layer, Limit, Result, Runtime, Sandbox, SandboxId, SandboxSpec, SessionKey,
 };
 use cgroup::{Group, Hierarchy};
 pub use launcher::run_if_asked;
@@ -244,13 +243,10 @@ impl Inner {
         let enforced = self.groups.limits();
         let limit = |name, limit, stand_in: &str| match enforced.contains(&limit) {
             true => Layer::on(name, self.groups.describe()),
-            false => Layer {
-                name,
-                state: LayerState::Unenforced,
-                by: format!("{stand_in} ({})", self.groups.describe()),
-                limit: Some(limit),
-                remedy: Some(remedy::CGROUP.into()),
-            },
+            false => {
+                let by = format!("{stand_in} ({})", self.groups.describe());
+                Layer::unenforced(name, by, limit, remedy::CGROUP)
+            }
         };
         let mut layers = vec![
             limit("memory", Limit::Memory, "RLIMIT_AS for each process alone"),
@@ -263,13 +259,10 @@ impl Inner {
         });
         layers.push(match separate_uids {
             true => Layer::on("uids", "a uid of its own for each sandbox"),
-            false => Layer {
-                name: "uids",
-                state: LayerState::Unenforced,
-                by: "all sandboxes have the uid of the server's own user".into(),
-                limit: Some(Limit::Uids),
-                remedy: Some(remedy::UIDS.into()),
-            },
+            false => {
+                let by = "all sandboxes have the uid of the server's own user";
+                Layer::unenforced("uids", by, Limit::Uids, remedy::UIDS)
+            }
         });
         layers.extend([
             Layer::on("user_namespace", "uid 1000 inside, without rights outside"),
