@@ -1,21 +1,20 @@
 //! Floor 7: the command line. Reads arguments, builds the floors, and says what a person needs to know.
 
 mod doctor;
+mod engine;
 mod run;
 mod serve;
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::process::ExitCode;
-use std::sync::Arc;
 
 use clap::{Args, Parser, Subcommand};
 
 use crate::config::{Config, Driver, Layers};
-use crate::runtime::embedded::{self, Embedded};
-use crate::runtime::{Limit, SandboxSpec, SharedRuntime};
+use crate::runtime::{Limit, SandboxSpec};
 use crate::server::auth::Key;
-use crate::supervisor::{self, Caps};
+use crate::supervisor::Caps;
 use crate::{pool, session};
 
 /// Runs untrusted Python, safely and fast, behind HTTP.
@@ -152,25 +151,6 @@ impl Options {
             flags.push(("allow_unenforced".into(), format!("[{}]", names.join(","))));
         }
         Ok(flags)
-    }
-}
-
-/// The driver that the configuration names.
-async fn start_runtime(config: &Config) -> Result<SharedRuntime, Failure> {
-    match config.driver {
-        Driver::Embedded => {
-            let given = |path: &PathBuf| (!path.as_os_str().is_empty()).then(|| path.clone());
-            let settings = embedded::Settings {
-                rootfs: given(&config.embedded.rootfs).filter(|path| path.as_os_str() != "host"),
-                python: given(&config.embedded.python),
-                launcher: "/proc/self/exe".into(),
-                instance: config.instance.clone(),
-            };
-            Ok(Arc::new(Embedded::start(settings, supervisor::SOURCE).await?))
-        }
-        Driver::Docker | Driver::Podman => {
-            Err(format!("driver = \"{}\" is not there yet; use \"embedded\"", config.driver.name()).into())
-        }
     }
 }
 

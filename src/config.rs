@@ -1,5 +1,6 @@
 //! Floor 7: the configuration: `config/codesandbox.toml`, a file, variables, flags, in this order.
 
+use std::collections::BTreeMap;
 use std::fmt::Write;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
@@ -12,6 +13,7 @@ use figment::value::{Dict, Value};
 use serde::Deserialize;
 
 use crate::runtime::Limit;
+use crate::runtime::container::Pull;
 
 /// The defaults, compiled in.
 pub const DEFAULTS: &str = include_str!("../config/codesandbox.toml");
@@ -46,8 +48,8 @@ pub struct Config {
     pub pool: Pool,
     pub server: Server,
     pub embedded: Embedded,
-    pub docker: Engine,
-    pub podman: Engine,
+    pub docker: Docker,
+    pub podman: Podman,
 }
 
 /// What makes sandboxes.
@@ -71,18 +73,6 @@ impl Driver {
             Driver::Podman => "podman",
         }
     }
-}
-
-/// When an image is fetched.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Pull {
-    /// Where the engine does not have it.
-    Missing,
-    /// At every start.
-    Always,
-    /// Not by us.
-    Never,
 }
 
 /// How a line of the log looks.
@@ -189,8 +179,25 @@ pub struct Embedded {
 #[derive(Debug, Clone, Deserialize)]
 #[serde(deny_unknown_fields)]
 #[expect(missing_docs, reason = "each key is documented where its default stands")]
-pub struct Engine {
+pub struct Docker {
     pub url: String,
+    pub tls_ca: PathBuf,
+    pub tls_cert: PathBuf,
+    pub tls_key: PathBuf,
+    pub runtime: String,
+    pub user: String,
+    pub labels: BTreeMap<String, String>,
+}
+
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+#[expect(missing_docs, reason = "each key is documented where its default stands")]
+pub struct Podman {
+    pub url: String,
+    pub seccomp_profile: PathBuf,
+    pub runtime: String,
+    pub user: String,
+    pub labels: BTreeMap<String, String>,
 }
 
 /// A configuration that stops the start: the message names key, place and what would be right.
@@ -347,6 +354,14 @@ impl Layers {
             "instance",
             "must be 1 to 64 letters, digits, \"-\" and \"_\"",
         )?;
+        for (key, user) in [("docker.user", &config.docker.user), ("podman.user", &config.podman.user)] {
+            let number = |text: &str| text.parse::<u32>().is_ok_and(|id| id > 0);
+            let sound = user.split_once(':').is_some_and(|(uid, gid)| number(uid) && number(gid));
+            need(user.is_empty() || sound, key, "must be \"uid:gid\", both numbers and neither of them 0")?;
+        }
+        let tls = [&config.docker.tls_ca, &config.docker.tls_cert, &config.docker.tls_key];
+        let given = tls.iter().filter(|path| !path.as_os_str().is_empty()).count();
+        need(given == 0 || given == 3, "docker.tls_ca", "needs tls_cert and tls_key beside it, or none of them")?;
         need(
             limits.timeout <= limits.timeout_max,
             "limits.timeout",
@@ -476,6 +491,9 @@ mod tests {
             ("nonsense", "1", "expected one of"),
             ("driver", "lxc", "embedded"),
             ("instance", "a b", "letters"),
+            ("docker.user", "\"root\"", "uid:gid"),
+            ("podman.user", "\"0:0\"", "uid:gid"),
+            ("docker.tls_ca", "ca.pem", "tls_cert"),
             ("pool.size", "1001", "session.max"),
             ("session.max", "0", "from 1"),
             ("auth.mode", "keys", "keys_file"),

@@ -47,30 +47,35 @@ pub async fn probe(
     caps: &Caps,
     limit: Duration,
 ) -> Result<Findings, Error> {
-    let mut engine = runtime.probe().await?;
     let begun = Instant::now();
     let made = tokio::time::timeout(limit, runtime.create(spec)).await;
     let sandbox = made.map_err(|_| Error::Late(limit))??;
     let id = sandbox.id;
-    let tried = async {
-        let (mut supervisor, hello) = Supervisor::attach(sandbox.stream, caps, begun + limit).await?;
+    let looked = async {
+        let (mut supervisor, hello) =
+            Supervisor::attach(sandbox.stream, caps, begun + limit).await.map_err(Error::silent)?;
         let first_hello = begun.elapsed();
-        let layers = supervisor.probe_layers(engine.layers.clone()).await?;
-        Ok((layers, hello.python, first_hello))
+        let mut engine = runtime.probe(&id, spec).await?;
+        engine.layers = supervisor.probe_layers(engine.layers, spec).await.map_err(Error::silent)?;
+        Ok(Findings { engine, python: hello.python, first_hello })
     }
     .await;
     let fate = runtime.fate(&id).await;
     let removed = runtime.remove(&id).await;
-    let (layers, python, first_hello) = tried.map_err(|source| {
-        let said = match fate {
-            Ok(runtime::Fate::Exited { stderr, .. }) if !stderr.is_empty() => format!("; it said: {stderr}"),
-            _ => String::new(),
-        };
-        Error::Supervisor { source, said }
+    let findings = looked.map_err(|error| match (error, fate) {
+        (Error::Supervisor { source, .. }, Ok(runtime::Fate::Exited { stderr, .. })) if !stderr.is_empty() => {
+            Error::Supervisor { source, said: format!("; it said: {stderr}") }
+        }
+        (error, _) => error,
     })?;
     removed?;
-    engine.layers = layers;
-    Ok(Findings { engine, python, first_hello })
+    Ok(findings)
+}
+
+impl Error {
+    fn silent(source: supervisor::Error) -> Error {
+        Error::Supervisor { source, said: String::new() }
+    }
 }
 
 impl Findings {

@@ -18,7 +18,7 @@ use tokio::time::Instant;
 
 use crate::metrics::Metrics;
 use crate::pool::{self, Claimed, Pool};
-use crate::runtime::{self, Fate, SandboxId, SessionKey};
+use crate::runtime::{self, Fate, KeySecret, SandboxId, SessionKey};
 use crate::supervisor::{self, ErrorDetail, ErrorKind, Field, Outcome, Report, Run};
 
 /// The reaper looks at least that often, whatever it expects.
@@ -127,7 +127,7 @@ struct Inner {
     metrics: Arc<Metrics>,
     table: Mutex<HashMap<SessionKey, Arc<Session>>>,
     draining: AtomicBool,
-    secret: [u8; 32],
+    secret: KeySecret,
     /// Told when a session begins, so that the reaper need not poll an empty table.
     begun: Notify,
 }
@@ -164,8 +164,7 @@ struct Seat {
 impl Sessions {
     /// None yet.
     pub fn new(pool: Pool, settings: Settings, metrics: Arc<Metrics>) -> Sessions {
-        let mut secret = [0; 32];
-        getrandom::fill(&mut secret).expect("the kernel gives random numbers once it is up");
+        let secret = pool.runtime().secret();
         metrics.ready.set(1.0);
         Sessions(Arc::new(Inner {
             pool,
@@ -307,7 +306,7 @@ impl Sessions {
     }
 
     fn key(&self, Owner { tenant, user_id }: Owner<'_>) -> SessionKey {
-        let mut hash = Hmac::<Sha256>::new_from_slice(&self.0.secret).expect("HMAC takes keys of any length");
+        let mut hash = Hmac::<Sha256>::new_from_slice(&self.0.secret.0).expect("HMAC takes keys of any length");
         hash.update(&(tenant.len() as u64).to_be_bytes());
         hash.update(tenant.as_bytes());
         hash.update(user_id.as_bytes());
@@ -530,22 +529,21 @@ impl Turn {
 
     /// A SIGKILL that was not ours: the engine may have counted it as one for want of memory.
     async fn who_killed(&mut self) -> ErrorDetail {
-        let out_of_memory = ErrorDetail::new(ErrorKind::OutOfMemory, "MemoryError", "killed: out of memory");
         let runtime = self.place().sessions.0.pool.runtime().clone();
         let Some(id) = self.seat().claimed.as_ref().map(|claimed| claimed.held.id.clone()) else {
-            return out_of_memory;
+            return ErrorDetail::out_of_memory();
         };
         match runtime.fate(&id).await {
             Ok(Fate::Running { out_of_memory_kills: Some(kills) })
                 if kills <= self.seat().out_of_memory_kills =>
             {
-                ErrorDetail::new(ErrorKind::Crashed, "SIGKILL", "killed by signal 9")
+                ErrorDetail::killed()
             }
             Ok(Fate::Running { out_of_memory_kills: Some(kills) }) => {
                 self.seat().out_of_memory_kills = kills;
-                out_of_memory
+                ErrorDetail::out_of_memory()
             }
-            _ => out_of_memory,
+            _ => ErrorDetail::out_of_memory(),
         }
     }
 

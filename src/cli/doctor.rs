@@ -2,7 +2,8 @@
 
 use std::process::ExitCode;
 
-use super::{Failure, caps, spec, start_runtime};
+use super::{Failure, caps, spec};
+use super::engine::start_runtime;
 use crate::config::Config;
 use crate::probe::probe;
 use crate::runtime::LayerState;
@@ -19,6 +20,7 @@ pub(super) async fn doctor(config: Config) -> Result<ExitCode, Failure> {
     for layer in &engine.layers {
         let state = match layer.state {
             LayerState::On => "on",
+            LayerState::Off => "off",
             LayerState::Unenforced => "UNENFORCED",
         };
         println!("{:<18} {state:<11} {}", layer.name, layer.by);

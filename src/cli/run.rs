@@ -7,7 +7,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::serve::prove;
-use super::{Failure, caps, pool_settings, session_settings, start_runtime};
+use super::{Failure, caps, pool_settings, session_settings};
+use super::engine::start_runtime;
 use crate::config::Config;
 use crate::metrics::Metrics;
 use crate::pool::Pool;

@@ -26,6 +26,14 @@ pub enum Error {
         /// What was seen.
         why: String,
     },
+    /// The engine's disk is full, or its memory file systems are.
+    #[error("the {driver} engine has no space left: {why}")]
+    NoSpace {
+        /// The driver's name.
+        driver: &'static str,
+        /// The engine's words.
+        why: String,
+    },
     /// There is no such sandbox (any more).
     #[error("there is no sandbox {0}")]
     Gone(SandboxId),
@@ -41,6 +49,17 @@ pub enum Error {
 }
 
 impl Error {
+    /// A word for it: a metric label.
+    pub fn reason(&self) -> &'static str {
+        match self {
+            Error::Unusable { .. } => "unusable",
+            Error::Unavailable { .. } => "unavailable",
+            Error::NoSpace { .. } => "no_space",
+            Error::Gone(_) => "gone",
+            Error::Failed { .. } => "failed",
+        }
+    }
+
     /// A closure for `map_err`: this call failed at `what`.
     pub fn failed(what: impl Into<String>) -> impl FnOnce(std::io::Error) -> Error {
         let what = what.into();

@@ -4,13 +4,14 @@ use std::collections::{HashMap, VecDeque};
 use std::fmt;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::SystemTime;
 
 use async_trait::async_trait;
 use tokio::io::DuplexStream;
 use tokio::task::AbortHandle;
 
 use super::{
-    Engine, Error, Fate, Found, Layer, Result, Runtime, Sandbox, SandboxId, SandboxSpec, SessionKey,
+    Claim, Engine, Error, Fate, Found, KeySecret, Layer, Result, Runtime, Sandbox, SandboxId, SandboxSpec, SessionKey,
 };
 
 /// Bytes that a stream holds between its ends, as a pipe does.
@@ -39,7 +40,7 @@ pub struct Fake {
 
 struct Entry {
     guest: AbortHandle,
-    owner: Option<SessionKey>,
+    claim: Option<Claim>,
 }
 
 impl fmt::Debug for Fake {
@@ -101,7 +102,11 @@ impl Runtime for Fake {
         "fake"
     }
 
-    async fn probe(&self) -> Result<Engine> {
+    fn secret(&self) -> KeySecret {
+        KeySecret([0; 32])
+    }
+
+    async fn probe(&self, _first: &SandboxId, _spec: &SandboxSpec) -> Result<Engine> {
         let layers = vec![Layer::on("memory", "nothing: a fake")];
         Ok(Engine { version: "0".into(), rootless: true, image: "none".into(), layers })
     }
@@ -110,7 +115,7 @@ impl Runtime for Fake {
         self.fault(Call::Create)?;
         let (ours, theirs) = tokio::io::duplex(STREAM_BYTES);
         let id = SandboxId(self.next.fetch_add(1, Ordering::SeqCst).to_string());
-        let entry = Entry { guest: (self.guest)(theirs), owner: None };
+        let entry = Entry { guest: (self.guest)(theirs), claim: None };
         self.created.fetch_add(1, Ordering::SeqCst);
         self.sandboxes().insert(id.clone(), entry);
         Ok(Sandbox { id, stream: Box::new(ours) })
@@ -122,14 +127,14 @@ impl Runtime for Fake {
 
     async fn claim(&self, id: &SandboxId, owner: &SessionKey) -> Result<()> {
         match self.sandboxes().get_mut(id) {
-            Some(entry) => entry.owner = Some(owner.clone()),
+            Some(entry) => entry.claim = Some(Claim { owner: owner.clone(), at: SystemTime::now() }),
             None => return Err(Error::Gone(id.clone())),
         }
         Ok(())
     }
 
     async fn list(&self) -> Result<Vec<Found>> {
-        let found = |(id, entry): (&SandboxId, &Entry)| Found { id: id.clone(), owner: entry.owner.clone() };
+        let found = |(id, entry): (&SandboxId, &Entry)| Found { id: id.clone(), claim: entry.claim.clone() };
         Ok(self.sandboxes().iter().map(found).collect())
     }
 

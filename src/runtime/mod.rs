@@ -1,8 +1,12 @@
 //! Floor 1: what makes sandboxes, and what it promises. Begin here to write a driver.
 
+pub mod container;
+pub mod docker;
 pub mod embedded;
 mod error;
 pub mod fake;
+pub mod podman;
+
 mod spec;
 
 use std::fmt::Debug;
@@ -12,7 +16,9 @@ use async_trait::async_trait;
 use tokio::io::{AsyncRead, AsyncWrite};
 
 pub use error::{Error, Result};
-pub use spec::{Fate, Found, Layer, LayerState, Limit, SandboxId, SandboxSpec, SessionKey};
+pub use spec::{
+    Claim, Fate, Found, KeySecret, Layer, LayerState, Limit, SandboxId, SandboxSpec, SessionKey,
+};
 
 /// A stream of bytes to and from a supervisor's descriptors 0 and 1.
 pub trait Stream: AsyncRead + AsyncWrite + Send + Unpin {}
@@ -30,14 +36,18 @@ pub trait Runtime: Debug + Send + Sync {
     /// The driver's name, as in the configuration: a metric label and a log field.
     fn name(&self) -> &'static str;
 
-    /// What the engine is and which limits and layers it really enforces on this host.
-    async fn probe(&self) -> Result<Engine>;
+    /// The secret of the session keys, the same for as long as sandboxes that it named are there.
+    fn secret(&self) -> KeySecret;
+
+    /// What the engine is, and which limits and layers it really enforces on this host: what it says itself of
+    /// the sandbox `first`, which was made by `spec`.
+    async fn probe(&self, first: &SandboxId, spec: &SandboxSpec) -> Result<Engine>;
 
     /// A new sandbox, its supervisor started and attached. A create that fails leaves nothing behind.
     async fn create(&self, spec: &SandboxSpec) -> Result<Sandbox>;
 
-    /// Attaches again to a sandbox that outlived the server. `Error::Gone` where there is none, and
-    /// always by a driver whose sandboxes die with the server.
+    /// Attaches again to a sandbox that outlived the server: to its PID 1, or to a second supervisor beside it.
+    /// `Error::Gone` where there is none, and always by a driver whose sandboxes die with the server.
     async fn attach(&self, id: &SandboxId) -> Result<Sandbox>;
 
     /// Writes the owner where a later `list` finds it.
@@ -82,3 +92,20 @@ impl Debug for Sandbox {
 
 /// A driver as the floors above hold it. A boxed call costs about 15 ns beside a run of a millisecond.
 pub type SharedRuntime = Arc<dyn Runtime>;
+
+/// Makes a sandbox in a task of its own, so that a caller who goes away leaves nothing half made: what nobody
+/// takes is undone.
+async fn detached<Undo: Future<Output = ()> + Send>(
+    driver: &'static str,
+    create: impl Future<Output = Result<Sandbox>> + Send + 'static,
+    undo: impl FnOnce(SandboxId) -> Undo + Send + 'static,
+) -> Result<Sandbox> {
+    let (send, receive) = tokio::sync::oneshot::channel();
+    tokio::spawn(async move {
+        if let Err(Ok(Sandbox { id, stream })) = send.send(create.await) {
+            drop(stream);
+            undo(id).await;
+        }
+    });
+    receive.await.unwrap_or(Err(Error::Unavailable { driver, why: "the creation was stopped".into() }))
+}

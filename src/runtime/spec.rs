@@ -1,6 +1,7 @@
 //! What a sandbox is to be, in words that every engine has.
 
 use std::fmt;
+use std::time::SystemTime;
 
 use serde::{Deserialize, Serialize};
 
@@ -25,6 +26,22 @@ pub struct SandboxSpec {
     pub inodes: u64,
 }
 
+impl SandboxSpec {
+    /// For a sandbox of our own that does next to nothing.
+    pub(super) fn smallest() -> SandboxSpec {
+        SandboxSpec {
+            memory_bytes: 1 << 29,
+            processes: 64,
+            cpus: 1.0,
+            open_files: 64,
+            workspace_bytes: 1 << 20,
+            tmp_bytes: 1 << 20,
+            shm_bytes: 1 << 20,
+            inodes: 64,
+        }
+    }
+}
+
 /// A driver's name for a sandbox.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct SandboxId(pub String);
@@ -45,13 +62,59 @@ impl fmt::Display for SessionKey {
     }
 }
 
+/// The secret of the session keys. Where sandboxes outlive the server it lies beside them, so that the next
+/// one comes to the same keys.
+#[derive(Clone, PartialEq, Eq)]
+pub struct KeySecret(pub [u8; 32]);
+
+impl KeySecret {
+    /// A new one.
+    pub fn random() -> KeySecret {
+        let mut secret = [0; 32];
+        getrandom::fill(&mut secret).expect("the kernel gives random numbers once it is up");
+        KeySecret(secret)
+    }
+
+    /// As `to_hex` gave it; `None` for anything else.
+    pub fn from_hex(hex: &str) -> Option<KeySecret> {
+        let mut secret = [0; 32];
+        if hex.len() != 2 * secret.len() || !hex.is_ascii() {
+            return None;
+        }
+        for (byte, digits) in secret.iter_mut().zip(hex.as_bytes().chunks(2)) {
+            *byte = u8::from_str_radix(std::str::from_utf8(digits).ok()?, 16).ok()?;
+        }
+        Some(KeySecret(secret))
+    }
+
+    /// In lower-case hex.
+    pub fn to_hex(&self) -> String {
+        self.0.iter().map(|byte| format!("{byte:02x}")).collect()
+    }
+}
+
+impl fmt::Debug for KeySecret {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("KeySecret")
+    }
+}
+
 /// A sandbox that the engine knows of.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Found {
     /// The driver's name for it.
     pub id: SandboxId,
     /// Who claimed it, if anyone did.
-    pub owner: Option<SessionKey>,
+    pub claim: Option<Claim>,
+}
+
+/// Whose a sandbox is, and since when.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Claim {
+    /// The session.
+    pub owner: SessionKey,
+    /// The moment of the claim, to the millisecond.
+    pub at: SystemTime,
 }
 
 /// What became of a sandbox.
@@ -71,6 +134,8 @@ pub enum Fate {
     },
     /// Its PID 1 was killed for want of memory.
     OutOfMemory,
+    /// Somebody has paused it with the engine's own means: nothing in it can answer.
+    Paused,
     /// The engine does not know it.
     Gone,
 }
@@ -124,6 +189,16 @@ impl Layer {
         Layer { name, state: LayerState::On, by: by.into(), limit: None, remedy: None }
     }
 
+    /// A layer that would be one more, and that no sandbox counts on.
+    pub fn off(name: &'static str, by: impl Into<String>, remedy: &str) -> Layer {
+        Layer { name, state: LayerState::Off, by: by.into(), limit: None, remedy: Some(remedy.into()) }
+    }
+
+    /// A layer that was asked for and is not there: no configuration may do without it.
+    pub fn missing(name: &'static str, by: impl Into<String>) -> Layer {
+        Layer { name, state: LayerState::Unenforced, by: by.into(), limit: None, remedy: None }
+    }
+
     /// A layer that cannot be had here, and that a configuration may do without by the name of `limit`.
     pub fn unenforced(name: &'static str, by: impl Into<String>, limit: Limit, remedy: &str) -> Layer {
         let state = LayerState::Unenforced;
@@ -137,6 +212,8 @@ impl Layer {
 pub enum LayerState {
     /// Enforced by the kernel or the engine.
     On,
+    /// Not there, and not counted on: the others hold without it.
+    Off,
     /// Not to be had here, or found not to hold; a server starts with it only by `allow_unenforced`.
     Unenforced,
 }

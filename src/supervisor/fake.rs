@@ -59,7 +59,7 @@ async fn run(stream: &mut DuplexStream, buffer: &mut BytesMut, nonce: u64, paylo
         _ => ((-1, 1, 0), if data.is_empty() { "null" } else { std::str::from_utf8(&data).ok()? }),
     };
     let mut report = [0_i32.to_be_bytes(), i32::to_be_bytes(signal)].concat();
-    report.extend([said, stopped, 0]);
+    report.extend([said, stopped, 0, 0]);
     report.extend([0; 24]);
     send(stream, nonce, 130, &[&report, payload.as_bytes(), b"", b"", b"[\"total 0\"]"]).await
 }

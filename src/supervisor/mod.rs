@@ -6,12 +6,12 @@ mod report;
 
 use std::time::Duration;
 
-use bytes::BytesMut;
+use bytes::{Buf, BytesMut};
 use serde::Serialize;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::time::{Instant, timeout_at};
 
-use crate::runtime::{Duplex, Layer, LayerState};
+use crate::runtime::{Duplex, Layer, LayerState, SandboxSpec};
 pub use protocol::Violation;
 use protocol::{Answer, Frame, Request};
 pub use report::{ErrorDetail, ErrorKind, Field, MAX_JSON_DEPTH, Outcome, Report, json_depth};
@@ -67,8 +67,11 @@ pub struct Run<'a> {
 pub struct Hello {
     /// The interpreter's version, e.g. `3.13.1`.
     pub python: String,
-    /// 1 in a sandbox.
+    /// 1 in a sandbox, but for one that was taken up again beside its parked PID 1.
     pub pid: u32,
+    /// Whether it found PID 1 to be this same program, parked.
+    #[serde(default)]
+    pub beside: bool,
     /// Its user.
     pub uid: u32,
     /// 1 where no program it runs can gain rights.
@@ -92,7 +95,7 @@ impl Hello {
             |set: &Option<String>| set.as_ref().is_none_or(|set| set.bytes().all(|digit| digit == b'0'));
         let is = |field: &Option<String>, wanted| field.as_ref().is_none_or(|value| value == wanted);
         [
-            (self.pid == 1, "pid_namespace"),
+            (self.pid == 1 || self.beside, "pid_namespace"),
             (self.uid != 0, "user_namespace"),
             (none(&self.bounding_set) && none(&self.effective_set), "capabilities"),
             (is(&self.no_new_privileges, "1"), "no_new_privileges"),
@@ -170,6 +173,7 @@ impl Supervisor {
         let caps = serde_json::to_vec(caps).expect("numbers under string keys are always JSON");
         let converse = async {
             supervisor.send(nonce, Request::Hello, &[&caps]).await?;
+            supervisor.skip_to_hello(nonce).await?;
             supervisor.receive(nonce, Answer::Hello, HELLO_BYTES).await
         };
         let frame = timeout_at(deadline, converse).await.unwrap_or(Err(Error::Unresponsive))?;
@@ -225,8 +229,13 @@ impl Supervisor {
     ///
     /// # Errors
     /// Where the sandbox did not answer; a layer that does not hold is `Unenforced` in what comes back.
-    pub async fn probe_layers(&mut self, mut layers: Vec<Layer>) -> Result<Vec<Layer>, Error> {
-        let run = Run { code: PROBE, data: "", stdin: "", timeout: Duration::from_secs(10) };
+    pub async fn probe_layers(
+        &mut self,
+        mut layers: Vec<Layer>,
+        spec: &SandboxSpec,
+    ) -> Result<Vec<Layer>, Error> {
+        let data = serde_json::to_string(spec).expect("numbers under string keys are always JSON");
+        let run = Run { code: PROBE, data: &data, stdin: "", timeout: Duration::from_secs(10) };
         let report = self.run(&run).await?;
         let Outcome::Result(found) = report.outcome else { return Err(Violation::Content("probe").into()) };
         let found: std::collections::BTreeMap<String, String> =
@@ -250,17 +259,40 @@ impl Supervisor {
         Ok(())
     }
 
+    /// Skips what an earlier conversation left in the stream, up to the answer with the fresh nonce.
+    async fn skip_to_hello(&mut self, nonce: u64) -> Result<(), Error> {
+        let mark = protocol::mark(nonce, Answer::Hello);
+        let mut skipped = 0;
+        loop {
+            if let Some(at) = self.buffer.windows(mark.len()).position(|bytes| bytes == mark) {
+                self.buffer.advance(at);
+                return Ok(());
+            }
+            let useless = self.buffer.len().saturating_sub(mark.len() - 1);
+            self.buffer.advance(useless);
+            skipped += useless;
+            if skipped > self.longest {
+                return Err(Violation::Length(skipped as u64).into());
+            }
+            self.fill().await?;
+        }
+    }
+
     async fn receive(&mut self, nonce: u64, kind: Answer, longest: usize) -> Result<Frame, Error> {
         loop {
             if let Some(frame) = protocol::decode(&mut self.buffer, longest)? {
                 let expected = frame.nonce == nonce && frame.kind == kind;
                 return if expected { Ok(frame) } else { Err(Violation::Nonce.into()) };
             }
-            self.buffer.reserve(4096);
-            match self.stream.read_buf(&mut self.buffer).await {
-                Ok(0) | Err(_) => return Err(Error::Ended),
-                Ok(_) => {}
-            }
+            self.fill().await?;
+        }
+    }
+
+    async fn fill(&mut self) -> Result<(), Error> {
+        self.buffer.reserve(4096);
+        match self.stream.read_buf(&mut self.buffer).await {
+            Ok(0) | Err(_) => Err(Error::Ended),
+            Ok(_) => Ok(()),
         }
     }
 

@@ -26,7 +26,7 @@ def connect(address):
 
 
 if os.getuid() == 0 or os.geteuid() == 0:
-    hole("user_namespace", "runs as root")
+    hole("user", "runs as root")
 refused("supervisor", "opening /proc/1/mem", lambda: open("/proc/1/mem", "rb"))
 refused("supervisor", "listing /proc/1/fd", lambda: os.listdir("/proc/1/fd"))
 refused("root_file_system", "writing to /usr", lambda: open("/usr/.codesandbox", "w"), errno.EROFS, errno.EACCES)

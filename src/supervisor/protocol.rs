@@ -11,10 +11,11 @@
 //! | 129 hello | supervisor | the attachment's | what it is and sees of its layers, as JSON |
 //! | 130 done | supervisor | the run's | report, result or error as JSON, stdout, stderr, listing as JSON |
 //!
-//! A report is 35 bytes: exit status and signal of the run's process (4 each, -1 for none), what came on its
+//! A report is 36 bytes: exit status and signal of the run's process (4 each, -1 for none), what came on its
 //! result pipe (0 nothing, 1 a result, 2 an error), what stopped it (0 nothing, 1 its timeout, 2 an interrupt),
-//! what was cut (bits: 1 stdout, 2 stderr, 4 listing, 8 the result pipe), then wall time and CPU time in
-//! microseconds and minor page faults (8 each).
+//! what was cut (bits: 1 stdout, 2 stderr, 4 listing, 8 the result pipe), why the process got a SIGKILL (0 unknown,
+//! 1 not for want of memory, 2 for want of memory), then wall time and CPU time in microseconds and minor page
+//! faults (8 each).
 //!
 //! What a supervisor sends is a stranger's: a frame that is too long, of an unknown kind or with the wrong
 //! nonce condemns its sandbox, and nobody guesses where the next one starts.
@@ -82,6 +83,13 @@ pub(super) fn encode(buffer: &mut Vec<u8>, nonce: u64, kind: Request, sections: 
 
 fn length_of(length: usize) -> [u8; 4] {
     u32::try_from(length).expect("the caps on body and code keep every frame far below 4 GiB").to_be_bytes()
+}
+
+/// How a frame from a supervisor begins.
+pub(super) fn mark(nonce: u64, kind: Answer) -> [u8; 9] {
+    let mut mark = [kind as u8; 9];
+    mark[..8].copy_from_slice(&nonce.to_be_bytes());
+    mark
 }
 
 /// Takes the next frame from `buffer` where it is there as a whole. Looks at no byte that it did not bound.

@@ -39,7 +39,8 @@ pub enum Outcome {
     Result(Box<RawValue>),
     /// It failed.
     Failed(ErrorDetail),
-    /// SIGKILL that we did not send: out of memory, or by the run's own hand; the engine may know.
+    /// SIGKILL that we did not send: out of memory, or by the run's own hand. The supervisor cannot see which;
+    /// the engine may know.
     Killed,
 }
 
@@ -86,6 +87,16 @@ impl ErrorDetail {
     /// A failure that Python has no exception for.
     pub fn new(kind: ErrorKind, name: &str, value: impl Into<String>) -> ErrorDetail {
         ErrorDetail { kind, name: name.into(), value: value.into(), traceback: String::new() }
+    }
+
+    /// A SIGKILL by the kernel's out-of-memory killer.
+    pub fn out_of_memory() -> ErrorDetail {
+        ErrorDetail::new(ErrorKind::OutOfMemory, "MemoryError", "killed: out of memory")
+    }
+
+    /// A SIGKILL by the run's own hand: from outside nobody sends one to it alone.
+    pub fn killed() -> ErrorDetail {
+        ErrorDetail::new(ErrorKind::Crashed, "SIGKILL", "killed by signal 9")
     }
 
     /// The text of an answer's `error`.
@@ -163,6 +174,8 @@ struct Facts {
     stopped: Option<Stopped>,
     truncated: Vec<Field>,
     oversized: bool,
+    /// Of a process that got a SIGKILL, where the supervisor can see it.
+    out_of_memory: Option<bool>,
     wall: Duration,
     cpu: Duration,
     page_faults: u64,
@@ -184,7 +197,7 @@ enum Stopped {
 }
 
 impl Facts {
-    const BYTES: usize = 35;
+    const BYTES: usize = 36;
 
     fn parse(mut bytes: Bytes) -> Result<Facts, Violation> {
         if bytes.len() != Facts::BYTES {
@@ -205,6 +218,12 @@ impl Facts {
             _ => return Err(Violation::Content("report")),
         };
         let cut = bytes.get_u8();
+        let out_of_memory = match bytes.get_u8() {
+            0 => None,
+            1 => Some(false),
+            2 => Some(true),
+            _ => return Err(Violation::Content("report")),
+        };
         let fields = [(1, Field::Stdout), (2, Field::Stderr), (4, Field::WorkspaceFiles)];
         Ok(Facts {
             exited,
@@ -216,6 +235,7 @@ impl Facts {
                 .filter_map(|(bit, field)| (cut & bit != 0).then_some(field))
                 .collect(),
             oversized: cut & 8 != 0,
+            out_of_memory,
             wall: Duration::from_micros(bytes.get_u64()),
             cpu: Duration::from_micros(bytes.get_u64()),
             page_faults: bytes.get_u64(),
@@ -296,7 +316,11 @@ fn outcome(facts: &Facts, told: Option<Told>, payload: &[u8], timeout: Duration)
             }
         },
         (None, None) => match (facts.signal, facts.exited) {
-            (Some(SIGKILL), _) => Outcome::Killed,
+            (Some(SIGKILL), _) => match facts.out_of_memory {
+                None => Outcome::Killed,
+                Some(true) => Outcome::Failed(ErrorDetail::out_of_memory()),
+                Some(false) => Outcome::Failed(ErrorDetail::killed()),
+            },
             (Some(signal), _) => {
                 fail(ErrorKind::Crashed, signal_name(signal), format!("killed by signal {signal}"))
             }
@@ -366,7 +390,7 @@ mod tests {
     use super::*;
 
     /// Exited with 0, nothing said, nothing stopped it.
-    const QUIET: Given = Given { exited: 0, signal: -1, said: 0, stopped: 0, cut: 0 };
+    const QUIET: Given = Given { exited: 0, signal: -1, said: 0, stopped: 0, cut: 0, memory: 0 };
 
     #[derive(Clone, Copy)]
     struct Given {
@@ -375,12 +399,13 @@ mod tests {
         said: u8,
         stopped: u8,
         cut: u8,
+        memory: u8,
     }
 
     fn parse(facts: Given, payload: &str) -> Report {
-        let Given { exited, signal, said, stopped, cut } = facts;
+        let Given { exited, signal, said, stopped, cut, memory } = facts;
         let mut bytes = [exited.to_be_bytes(), signal.to_be_bytes()].concat();
-        bytes.extend([said, stopped, cut]);
+        bytes.extend([said, stopped, cut, memory]);
         bytes.extend([0; 24]);
         let part = |text: &str| Bytes::copy_from_slice(text.as_bytes());
         let sections = [bytes.into(), part(payload), part("out"), part(""), part("[\"total 0\"]")];
@@ -417,6 +442,8 @@ mod tests {
         assert_eq!(kind(Given { cut: 8, ..QUIET }, ""), ErrorKind::ResultTooLarge);
         let killed = parse(Given { signal: 9, exited: -1, ..QUIET }, "");
         assert!(matches!(killed.outcome, Outcome::Killed));
+        assert_eq!(kind(Given { signal: 9, exited: -1, memory: 1, ..QUIET }, ""), ErrorKind::Crashed);
+        assert_eq!(kind(Given { signal: 9, exited: -1, memory: 2, ..QUIET }, ""), ErrorKind::OutOfMemory);
     }
 
     #[test]

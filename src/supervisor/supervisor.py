@@ -7,6 +7,10 @@
 # a part of its start (`signal` alone 4 ms, through enum; hence `_signal`). The frames on descriptors 0
 # and 1 are described in protocol.rs. What a run can reach is its own process: it gets its stdin, stdout,
 # stderr and the result pipe, and everything that it changed dies with it.
+#
+# The one argument says what follows the end of descriptor 0: nothing (without an argument: the sandbox dies
+# with its server), or, with `park`, a life in which PID 1 only collects the dead, since the engine closes the
+# stream of a server that leaves. Then a server that comes back starts this program a second time, `beside` it.
 import gc, os, select, struct, sys, time
 import _signal, _socket, _stat
 
@@ -15,18 +19,22 @@ HELLO_ANSWER, DONE = 129, 130
 HEADER = struct.Struct(">QBI")  # nonce, kind, length of the payload
 OUTCOME = struct.Struct(">BI")  # what the run's process says of itself: kind, length
 RESULT, ERROR = 1, 2
-REPORT = struct.Struct(">iiBBBQQQ")  # see protocol.rs
+REPORT = struct.Struct(">iiBBBBQQQ")  # see protocol.rs
 FORKED = struct.Struct("=i")  # what the forker says: the pid of an interpreter that waits, its descriptors beside it
 DESCRIPTORS = struct.Struct("=4i")
 ENDED = struct.Struct("=iQQ")  # then of the same one: wait status, CPU time in microseconds, minor page faults
 NOTHING = -1
 TIMEOUT, CANCELLED = 1, 2
+UNKNOWN, NOT_OUT_OF_MEMORY, OUT_OF_MEMORY = 0, 1, 2
+PARK, BESIDE = "park", "beside"
 EMPTY = b'["total 0"]'
 LENGTH = struct.Struct(">I")
 
 WORKSPACE = "/workspace"
 CODE_NAME = "<code>"  # the guest's code in its tracebacks
 MOST_DESCRIPTORS = 64  # this file opens about 15
+PR_SET_DUMPABLE = 4
+OOM_SCORE_ADJ = "900"  # of all but the supervisor, whose own comes from the engine
 NICE = 10  # of all but the supervisor: a guest's fork bomb must not starve what is to stop it
 WARM_AFTER_S = 0.002  # a sandbox that is busy has its next task sooner, and saves the warming
 ATTEMPTS = 3  # to begin a run, before the sandbox is given up
@@ -112,7 +120,7 @@ class Input:
     def fill(self):
         data = os.read(0, 1 << 16)
         if not data:
-            os._exit(0)  # the server is gone, and this sandbox with it
+            leave()
         self.buffer += data
 
     def take(self):
@@ -462,7 +470,7 @@ def fork_forever(socket, limits):
         _, status, usage = os.wait4(pid, 0)
         end = None
         # All but PID 1, which collects them, and this process, which has children by clone(CLONE_PARENT).
-        while kill_all():
+        while MODE != BESIDE and kill_all():  # beside PID 1 the supervisor would be one of them, and kills itself
             end = end or time.monotonic() + REAP_S
             if time.monotonic() > end:
                 os._exit(1)
@@ -474,11 +482,11 @@ def fork_forever(socket, limits):
 
 def become_forker(socket):
     """Lets go of all that is the supervisor's: its signals, its descriptors and its place before the guest's."""
-    _signal.set_wakeup_fd(-1)
     _signal.signal(_signal.SIGCHLD, _signal.SIG_DFL)
     # Held back until the run's process can raise KeyboardInterrupt, lest a short time be over unnoticed.
     _signal.pthread_sigmask(_signal.SIG_BLOCK, [_signal.SIGINT])
     os.nice(NICE)
+    die_first()
     null = os.open(os.devnull, os.O_RDWR)
     for target in (0, 1, 2):
         os.dup2(null, target)
@@ -641,6 +649,16 @@ def kill_all():
         return False
 
 
+def kill_until_nothing_is_left():
+    end = time.monotonic() + REAP_S
+    while kill_all():
+        if time.monotonic() > end:
+            os._exit(1)  # something outlives SIGKILL: the sandbox is of no more use
+        collect()
+        time.sleep(0.0005)
+    collect()
+
+
 def collect():
     """Takes note of every child that has ended."""
     try:
@@ -648,6 +666,18 @@ def collect():
             pass
     except ChildProcessError:
         pass
+
+
+def leave():
+    """The server is gone. PID 1 may have to stay, and with it the sandbox, for the next one."""
+    if MODE != PARK:
+        os._exit(0)
+    kill_until_nothing_is_left()
+    while True:
+        try:
+            os.waitpid(-1, 0)
+        except ChildProcessError:
+            time.sleep(0.01)  # SIGCHLD ends it
 
 
 class Supervisor:
@@ -658,24 +688,17 @@ class Supervisor:
         self.limits = None
         self.forker = self.waiting = None
         self.poller = select.poll()
-        self.child_ended, wake = os.pipe()
-        for fd in (self.child_ended, wake):
-            os.set_blocking(fd, False)
-        _signal.set_wakeup_fd(wake)
-        _signal.signal(_signal.SIGCHLD, lambda *_: None)
+        _signal.signal(_signal.SIGCHLD, lambda *_: collect())
         _signal.signal(_signal.SIGINT, _signal.SIG_IGN)  # a guest may send it: kill(1, SIGINT)
-        for fd in (0, self.child_ended):
-            self.poller.register(fd, select.POLLIN)
+        self.poller.register(0, select.POLLIN)
 
     def serve(self, fd, run):
-        """What may happen beside a run's pipes: its process ended, another one did, or the server says something."""
+        """What may happen beside a run's pipes: its process ended, or the server says something."""
         if fd == 0:
             self.input.fill()
             self.listen(run)
-        elif fd == self.forker.fd:
-            run.end(self.forker.ended())
         else:
-            self.reap()
+            run.end(self.forker.ended())
 
     def listen(self, run):
         """Obeys an interrupt of this run; keeps every other frame for later."""
@@ -685,16 +708,8 @@ class Supervisor:
                 return
             if frame[1] != INTERRUPT:
                 self.backlog.append(frame)
-            elif frame[0] == run.nonce:
-                run.interrupt(CANCELLED)
-
-    def reap(self):
-        """Collects the processes that ended."""
-        try:
-            os.read(self.child_ended, 4096)
-        except BlockingIOError:
-            pass
-        collect()
+            if frame[1] == HELLO or (frame[1] == INTERRUPT and frame[0] == run.nonce):
+                run.interrupt(CANCELLED)  # another server is here: the one that asked for this run is gone
 
     def fork_anew(self):
         """A forker that knows what this process knows now, in place of one that is dead or is to be."""
@@ -705,19 +720,15 @@ class Supervisor:
         if self.forker:
             self.poller.unregister(self.forker.fd)
             self.forker.socket.close()
-            end = time.monotonic() + REAP_S
-            while kill_all():
-                if time.monotonic() > end:
-                    os._exit(1)  # something outlives SIGKILL: the sandbox is of no more use
-                self.reap()
-                time.sleep(0.0005)
-            self.reap()
+        if self.forker or MODE == BESIDE:  # there is something to kill
+            kill_until_nothing_is_left()
         enterable()
         self.forker = Forker(self.limits)
         self.poller.register(self.forker.fd, select.POLLIN)
 
     def hello(self, nonce, payload):
         self.limits = loads(split(payload)[0].decode())
+        self.memory = MemoryGroup()
         self.fork_anew()
         send(nonce, HELLO_ANSWER, dumps(posture()).encode())
         self.waiting = self.forker.next()
@@ -731,7 +742,7 @@ class Supervisor:
         run = Run(self, interpreter, nonce, options["timeout_ms"])
         run.wait()
         spent = time.monotonic() - begun
-        if run.forker_died:
+        if run.forker_died or MODE == BESIDE:
             self.fork_anew()
         run.drain()
         send(nonce, DONE, *self.answer(run, spent))
@@ -752,12 +763,14 @@ class Supervisor:
     def answer(self, run, spent):
         outcome = first_frame(run.result.bytes())
         lines, cut = self.listing()
+        killed = os.WIFSIGNALED(run.status) and os.WTERMSIG(run.status) == _signal.SIGKILL
         report = REPORT.pack(
             os.WEXITSTATUS(run.status) if os.WIFEXITED(run.status) else NOTHING,
             os.WTERMSIG(run.status) if os.WIFSIGNALED(run.status) else NOTHING,
             outcome[0] if outcome else 0,
             run.why,
             run.out.cut | run.err.cut << 1 | cut << 2 | run.result.cut << 3,
+            self.memory.verdict() if killed else UNKNOWN,
             int(spent * 1e6),
             run.cpu_us,
             run.page_faults,
@@ -801,9 +814,37 @@ class Supervisor:
 # -- what the sandbox looks like from inside ---------------------------------------------------------
 
 
+class MemoryGroup:
+    """The control group's own count of processes that it killed for want of memory, where it can be seen."""
+
+    FILES = "/sys/fs/cgroup/memory.events", "/sys/fs/cgroup/memory/memory.oom_control"  # version 2, version 1
+
+    def __init__(self):
+        self.kills = self.count()
+
+    def count(self):
+        for path in self.FILES:
+            try:
+                with open(path, "rb", 0) as file:
+                    for line in file.read().split(b"\n"):
+                        name, _, value = line.partition(b" ")
+                        if name == b"oom_kill":
+                            return int(value)
+            except OSError:
+                pass
+        return None
+
+    def verdict(self):
+        """Of a process that was killed: whether for want of memory."""
+        before, self.kills = self.kills, self.count()
+        if before is None or self.kills is None:
+            return UNKNOWN
+        return OUT_OF_MEMORY if self.kills > before else NOT_OUT_OF_MEMORY
+
+
 def posture():
     """The facts that the server compares with what it asked the engine for."""
-    facts = {"python": "%d.%d.%d" % sys.version_info[:3], "pid": os.getpid()}
+    facts = {"python": "%d.%d.%d" % sys.version_info[:3], "pid": os.getpid(), "beside": MODE == BESIDE}
     facts.update(uid=os.getuid(), gid=os.getgid(), groups=os.getgroups())
     try:
         with open("/proc/self/status", "rb", 0) as file:
@@ -952,6 +993,35 @@ def warm_up():
     sys.stdout.reconfigure(line_buffering=True)  # what was printed before a kill must not be lost
 
 
+def set_dumpable(dumpable):
+    """At 0 nobody of the same uid can look into this process, or at its descriptors, nor into its forks."""
+    import _ctypes
+
+    prctl = _ctypes.dlsym(_ctypes.dlopen(None, 0), "prctl")
+    if _ctypes.call_function(prctl, (PR_SET_DUMPABLE, dumpable, 0, 0, 0)) != 0:
+        os._exit(71)
+
+
+def die_first():
+    """Lets a lack of memory take a run before its supervisor. Embedded, the server sees to it from outside."""
+    if not MODE:
+        return
+    set_dumpable(1)  # else the file is root's
+    try:
+        with open("/proc/self/oom_score_adj", "w") as file:
+            file.write(OOM_SCORE_ADJ)
+    except OSError:
+        pass  # then the largest process is taken, which is most likely the run's, too
+    set_dumpable(0)
+
+
+def is_parked():
+    """Whether PID 1 is this same program, which has left everything but the dead to us."""
+    with open("/proc/1/cmdline", "rb") as first, open("/proc/self/cmdline", "rb") as own:
+        first, own = first.read().split(b"\0"), own.read().split(b"\0")
+    return first[-2] == PARK.encode() and first[-3] == own[-3]
+
+
 def freeze():
     # What lives now is never looked at again: no write, no copied page in the children. Collecting first would
     # cost each start 0.6 ms, and finds next to nothing.
@@ -959,8 +1029,11 @@ def freeze():
 
 
 def main():
-    if os.getpid() != 1:
-        sys.exit("the supervisor kills every process that it can see: it runs as PID 1 of a sandbox only")
+    if os.getpid() != 1 and not (MODE == BESIDE and is_parked()):
+        sys.exit("the supervisor kills every process that it can see: it runs in a sandbox only")
+    if MODE:
+        sys.argv[1:] = []
+        set_dumpable(0)
     sys.dont_write_bytecode = True
     for name in ("LD_BIND_NOW", "MALLOC_TOP_PAD_"):  # they were for the start of this process
         os.environ.pop(name, None)
@@ -972,5 +1045,7 @@ def main():
     supervisor.serve_forever()
 
 
+MODE = sys.argv[1] if len(sys.argv) > 1 else ""
 USERS, GROUPS = names_of("/etc/passwd"), names_of("/etc/group")
+USERS.setdefault(os.getuid(), "sandbox"), GROUPS.setdefault(os.getgid(), "sandbox")
 main()

@@ -23,7 +23,7 @@ use std::os::unix::net::UnixStream as StdUnixStream;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use async_trait::async_trait;
 use rustix::process::Signal;
@@ -31,7 +31,8 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
 
 use super::{
-    Engine, Error, Fate, Found, Layer, Limit, Result, Runtime, Sandbox, SandboxId, SandboxSpec, SessionKey,
+    Claim, Engine, Error, Fate, Found, KeySecret, Layer, Limit, Result, Runtime, Sandbox, SandboxId, SandboxSpec,
+    SessionKey, detached,
 };
 use cgroup::{Group, Hierarchy};
 pub use launcher::run_if_asked;
@@ -89,7 +90,7 @@ struct Live {
     pidfd: OwnedFd,
     group: Mutex<Option<Group>>,
     stderr: OwnedFd,
-    owner: Mutex<Option<SessionKey>>,
+    claim: Mutex<Option<Claim>>,
     exit: Exit,
 }
 
@@ -138,16 +139,7 @@ impl Inner {
 
     /// Compiling the supervisor takes 5 ms and more; it is done once, by the sandboxes' own Python.
     async fn compile(&self, link: &Link) -> Result<Vec<u8>> {
-        let spec = SandboxSpec {
-            memory_bytes: 1 << 29,
-            processes: 64,
-            cpus: 1.0,
-            open_files: 64,
-            workspace_bytes: 1 << 20,
-            tmp_bytes: 1 << 20,
-            shm_bytes: 1 << 20,
-            inodes: 64,
-        };
+        let spec = SandboxSpec::smallest();
         let (mut stream, live) =
             self.launch(link, self.next_number(), &spec, Program::Compiler, None).await?;
         let what = "compile the supervisor";
@@ -195,7 +187,7 @@ impl Inner {
         let (pidfd, exit) =
             link.create(number, spec, program, &fds.into_iter().flatten().collect::<Vec<_>>()).await?;
         let stream = UnixStream::from_std(ours).map_err(wrap("use the stream"))?;
-        Ok((stream, Live { pidfd, group: Mutex::new(group), stderr, owner: Mutex::new(None), exit }))
+        Ok((stream, Live { pidfd, group: Mutex::new(group), stderr, claim: Mutex::new(None), exit }))
     }
 
     async fn create(self: &Arc<Self>, spec: SandboxSpec) -> Result<Sandbox> {
@@ -265,7 +257,8 @@ impl Inner {
             }
         });
         layers.extend([
-            Layer::on("user_namespace", "uid 1000 inside, without rights outside"),
+            Layer::on("user", "uid 1000, not root"),
+            Layer::on("user_namespace", "one of its own, without rights outside"),
             Layer::on("capabilities", "none, bounding set empty"),
             Layer::on("no_new_privileges", "prctl"),
             Layer::on("seccomp", "config/seccomp.json"),
@@ -320,7 +313,11 @@ impl Runtime for Embedded {
         "embedded"
     }
 
-    async fn probe(&self) -> Result<Engine> {
+    fn secret(&self) -> KeySecret {
+        KeySecret::random() // no sandbox outlives this server
+    }
+
+    async fn probe(&self, _first: &SandboxId, _spec: &SandboxSpec) -> Result<Engine> {
         let link = self.0.link().await?;
         let settings = &self.0.settings;
         Ok(Engine {
@@ -332,17 +329,11 @@ impl Runtime for Embedded {
     }
 
     async fn create(&self, spec: &SandboxSpec) -> Result<Sandbox> {
-        let (inner, spec) = (self.0.clone(), spec.clone());
-        let (send, receive) = tokio::sync::oneshot::channel();
-        // A task of its own, so that a caller who goes away leaves nothing half made.
-        tokio::spawn(async move {
-            if let Err(Ok(unwanted)) = send.send(inner.create(spec).await) {
-                let _ = inner.remove(&unwanted.id).await; // logged where groups are removed; nobody asks
-            }
-        });
-        receive
-            .await
-            .unwrap_or(Err(Error::Unavailable { driver: "embedded", why: "the creation was stopped".into() }))
+        let (inner, undoing, spec) = (self.0.clone(), self.0.clone(), spec.clone());
+        detached("embedded", async move { inner.create(spec).await }, async move |id| {
+            let _ = undoing.remove(&id).await; // logged where groups are removed; nobody asks
+        })
+        .await
     }
 
     async fn attach(&self, id: &SandboxId) -> Result<Sandbox> {
@@ -351,14 +342,14 @@ impl Runtime for Embedded {
 
     async fn claim(&self, id: &SandboxId, owner: &SessionKey) -> Result<()> {
         let live = lock(&self.0.alive).get(id).cloned().ok_or_else(|| Error::Gone(id.clone()))?;
-        *lock(&live.owner) = Some(owner.clone());
+        *lock(&live.claim) = Some(Claim { owner: owner.clone(), at: SystemTime::now() });
         live.prefer_supervisor();
         Ok(())
     }
 
     async fn list(&self) -> Result<Vec<Found>> {
         let found =
-            |(id, live): (&SandboxId, &Arc<Live>)| Found { id: id.clone(), owner: lock(&live.owner).clone() };
+            |(id, live): (&SandboxId, &Arc<Live>)| Found { id: id.clone(), claim: lock(&live.claim).clone() };
         Ok(lock(&self.0.alive).iter().map(found).collect())
     }
 

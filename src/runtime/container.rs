@@ -1,0 +1,299 @@
+//! What container engines have in common: how we name and label containers, and what runs in them.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::io;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use bytes::Bytes;
+use futures_util::{Stream, StreamExt};
+use tokio::io::AsyncWrite;
+use tokio_util::io::StreamReader;
+
+use super::{Claim, Duplex, Error, Found, KeySecret, Result, SandboxId, SandboxSpec, SessionKey};
+
+/// Our own profile, the same for every driver.
+pub(super) const SECCOMP_PROFILE: &str = include_str!("../../config/seccomp.json");
+/// A label of every container of ours: whose it is.
+pub(super) const INSTANCE_LABEL: &str = "codesandbox.instance";
+/// A label of every container of ours: the secret of the keys in their names.
+pub(super) const SECRET_LABEL: &str = "codesandbox.secret";
+
+/// The environment that is added to the image's own: nothing of the server's.
+///
+/// The last two are for the interpreter's own start, and the supervisor takes them away: addresses bound and
+/// memory asked for once, before the first fork, are pages that no run has to copy.
+pub(super) const ENVIRONMENT: [(&str, &str); 8] = [
+    ("HOME", "/workspace"),
+    ("LANG", "C.UTF-8"),
+    ("LOGNAME", "sandbox"),
+    ("TMPDIR", "/tmp"),
+    ("USER", "sandbox"),
+    ("MPLCONFIGDIR", "/tmp"),
+    ("LD_BIND_NOW", "1"),
+    ("MALLOC_TOP_PAD_", "1048576"),
+];
+/// Thread pools of numeric libraries follow the CPU quota, not the host's cores.
+const THREAD_COUNTS: [&str; 4] =
+    ["OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMEXPR_NUM_THREADS"];
+/// What a sandbox calls itself.
+pub(super) const HOSTNAME: &str = "sandbox";
+/// Where runs work.
+pub(super) const WORKSPACE: &str = "/workspace";
+/// Victims of the host's own out-of-memory killer are sandboxes before the server; a run's process raises its
+/// own score further, so that within a sandbox it goes before the supervisor.
+pub(super) const OOM_SCORE_ADJ: i64 = 500;
+/// Bytes of one TCP connection's buffers, least, first and most: what no control group may count is small.
+pub(super) const SYSCTLS: [(&str, &str); 2] =
+    [("net.ipv4.tcp_rmem", "4096 65536 262144"), ("net.ipv4.tcp_wmem", "4096 65536 262144")];
+/// Resource limits that are the same for every sandbox. Message queues and locked memory are outside every
+/// memory limit of ours, so they are small.
+const RESOURCES: [(&str, u64); 3] = [("core", 0), ("memlock", 64 * 1024), ("msgqueue", 0)];
+
+/// What is kept of a dead supervisor's stderr.
+const STDERR_BYTES: usize = 4096;
+
+/// A container engine's part of the configuration.
+#[derive(Debug, Clone)]
+pub struct Settings {
+    /// Where its service listens: `unix://…` or `tcp://…`.
+    pub url: String,
+    /// Tells our containers from another server's.
+    pub instance: String,
+    /// The image of every sandbox; it needs a `python3`.
+    pub image: String,
+    /// When the image is fetched.
+    pub pull: Pull,
+    /// The OCI runtime by the name that the engine has for it; `None`: the engine's default.
+    pub runtime: Option<String>,
+    /// `uid:gid` of every sandbox; `None`: a uid of its own for each.
+    pub user: Option<String>,
+    /// Labels beside our own.
+    pub labels: BTreeMap<String, String>,
+}
+
+/// When an image is fetched.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Pull {
+    /// Where the engine does not have it.
+    Missing,
+    /// At every start.
+    Always,
+    /// Not by us.
+    Never,
+}
+
+/// What runs in a container: the supervisor, as source, so that any image with a `python3` serves.
+pub(super) fn program(supervisor: &str, mode: Mode) -> Vec<String> {
+    let mode = match mode {
+        Mode::Park => "park",
+        Mode::Beside => "beside",
+    };
+    ["python3", "-I", "-S", "-c", supervisor, mode].map(str::to_owned).to_vec()
+}
+
+/// See supervisor.py.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Mode {
+    /// PID 1; at the end of its stream it stays, to hold the sandbox.
+    Park,
+    /// A second one, beside a parked PID 1.
+    Beside,
+}
+
+/// The environment of every sandbox, beside the image's own.
+pub(super) fn environment(spec: &SandboxSpec) -> impl Iterator<Item = (&'static str, String)> {
+    let threads = (spec.cpus.ceil() as u64).max(1);
+    let fixed = ENVIRONMENT.into_iter().map(|(name, value)| (name, value.to_owned()));
+    fixed.chain(THREAD_COUNTS.into_iter().map(move |name| (name, threads.to_string())))
+}
+
+/// Resource limits by their names without `RLIMIT_`, in lower case.
+pub(super) fn resources(spec: &SandboxSpec) -> impl Iterator<Item = (&'static str, u64)> {
+    RESOURCES.into_iter().chain([("nofile", spec.open_files), ("nproc", spec.processes)])
+}
+
+/// The names of this instance's containers: unclaimed, `codesandbox-INSTANCE-new-RANDOM`; claimed,
+/// `codesandbox-INSTANCE-KEY-TIME`, with the session's key and the milliseconds of the claim in hex.
+///
+/// The time keeps apart a session's new sandbox and its last one, which may still be on its way out.
+#[derive(Debug, Clone)]
+pub(super) struct Names(String);
+
+impl Names {
+    pub(super) fn new(instance: &str) -> Names {
+        Names(format!("codesandbox-{instance}-"))
+    }
+
+    /// For a container that nobody has claimed.
+    pub(super) fn unclaimed(&self) -> Result<String> {
+        let random = getrandom::u64().map_err(|error| Error::Failed {
+            what: "name a new sandbox".into(),
+            source: io::Error::other(error),
+        })?;
+        Ok(format!("{}new-{random:016x}", self.0))
+    }
+
+    /// For one that `owner` claims now.
+    pub(super) fn claimed(&self, owner: &SessionKey, at: SystemTime) -> String {
+        let millis = at.duration_since(UNIX_EPOCH).unwrap_or_default().as_millis();
+        format!("{}{owner}-{millis:x}", self.0)
+    }
+
+    /// Who claimed a container of that name, if anyone did.
+    pub(super) fn claim_of(&self, name: &str) -> Option<Claim> {
+        let (owner, millis) = name.trim_start_matches('/').strip_prefix(&self.0)?.split_once('-')?;
+        let hex = |text: &str| !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_hexdigit());
+        let at = u64::from_str_radix(millis, 16).ok().filter(|_| hex(owner))?;
+        Some(Claim { owner: SessionKey(owner.to_owned()), at: UNIX_EPOCH + Duration::from_millis(at) })
+    }
+
+    /// A container as `Runtime::list` gives it.
+    pub(super) fn found(&self, id: String, name: Option<&str>) -> Found {
+        Found { id: SandboxId(id), claim: name.and_then(|name| self.claim_of(name)) }
+    }
+}
+
+/// The labels of every container of ours.
+pub(super) fn labels(settings: &Settings, secret: &KeySecret) -> BTreeMap<String, String> {
+    let own = [(INSTANCE_LABEL, settings.instance.clone()), (SECRET_LABEL, secret.to_hex())];
+    let own = own.into_iter().map(|(name, value)| (name.to_owned(), value));
+    settings.labels.clone().into_iter().chain(own).collect()
+}
+
+/// Uids, each for one sandbox, as long as no more than `many` of them are alive.
+///
+/// What the kernel counts by user (processes, inotify watches, pending signals) is then each sandbox's own.
+#[derive(Debug)]
+pub(super) struct Uids {
+    first: u32,
+    many: u32,
+    next: AtomicU32,
+}
+
+impl Uids {
+    pub(super) fn new(first: u32, many: u32) -> Uids {
+        // Begins anywhere, since sandboxes of an earlier server may be alive.
+        let next = AtomicU32::new(getrandom::u32().unwrap_or(0));
+        Uids { first, many: many.max(1), next }
+    }
+
+    /// `uid:gid`
+    pub(super) fn next(&self) -> String {
+        let id = self.first + self.next.fetch_add(1, Ordering::Relaxed) % self.many;
+        format!("{id}:{id}")
+    }
+}
+
+/// A piece of a container's output.
+#[derive(Debug)]
+pub(super) enum Output {
+    /// Of the stream that the floors above read.
+    Stdout(Bytes),
+    /// Of what is kept as last words.
+    Stderr(Bytes),
+}
+
+/// The end of what a container wrote to its stderr.
+#[derive(Debug, Clone, Default)]
+pub(super) struct LastWords(Arc<Mutex<Vec<u8>>>);
+
+impl LastWords {
+    fn add(&self, bytes: &[u8]) {
+        let mut kept = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        kept.extend_from_slice(bytes);
+        let surplus = kept.len().saturating_sub(STDERR_BYTES);
+        kept.drain(..surplus);
+    }
+}
+
+impl fmt::Display for LastWords {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let kept = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        f.write_str(String::from_utf8_lossy(&kept).trim())
+    }
+}
+
+/// One stream of an attached container's three.
+pub(super) fn duplex(
+    output: impl Stream<Item = io::Result<Output>> + Send + 'static,
+    input: impl AsyncWrite + Send + Unpin + 'static,
+    words: LastWords,
+) -> Duplex {
+    let stdout = output.filter_map(move |output| {
+        std::future::ready(match output {
+            Ok(Output::Stdout(bytes)) => Some(Ok(bytes)),
+            Ok(Output::Stderr(bytes)) => {
+                words.add(&bytes);
+                None
+            }
+            Err(error) => Some(Err(error)),
+        })
+    });
+    Box::new(tokio::io::join(StreamReader::new(Box::pin(stdout)), input))
+}
+
+/// What an engine's error message says is true of both engines, since both pass on the kernel's words.
+pub(super) fn is_no_space(message: &str) -> bool {
+    message.contains("no space left on device") || message.contains("disk quota exceeded")
+}
+
+/// Where the image is not there and may not be fetched.
+pub(super) fn image_missing(driver: &str, image: &str, why: &str) -> Error {
+    Error::Unusable {
+        what: format!("find the image {image}"),
+        why: why.trim().to_owned(),
+        remedy: format!("{driver} pull {image}   (or set image, or pull = \"missing\")"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_name_tells_who_claimed_when_and_nothing_else_passes_for_a_claim() {
+        let names = Names::new("a-b_c");
+        let owner = SessionKey("00ff".repeat(8));
+        let at = UNIX_EPOCH + Duration::from_millis(1_700_000_000_123);
+        let claimed = names.claimed(&owner, at);
+        assert_eq!(names.claim_of(&claimed), Some(Claim { owner: owner.clone(), at }));
+        assert_eq!(names.claim_of(&format!("/{claimed}")), Some(Claim { owner, at }), "as Docker lists it");
+        assert_eq!(names.claim_of(&names.unclaimed().unwrap()), None);
+        for other in ["codesandbox-a-b_c-", "codesandbox-other-00ff-1", "x", "codesandbox-a-b_c-00ff", ""] {
+            assert_eq!(names.claim_of(other), None, "{other}");
+        }
+    }
+
+    #[test]
+    fn uids_stay_in_their_range_and_differ() {
+        let uids = Uids::new(100, 3);
+        let mut seen: Vec<_> = (0..3).map(|_| uids.next()).collect();
+        seen.sort();
+        assert_eq!(seen, ["100:100", "101:101", "102:102"]);
+    }
+
+    #[test]
+    fn last_words_are_the_last() {
+        let words = LastWords::default();
+        words.add(&[b'a'; 5000]);
+        words.add(b"the end\n");
+        let text = words.to_string();
+        assert_eq!(text.len(), STDERR_BYTES - 1);
+        assert!(text.ends_with("the end"), "{text}");
+    }
+
+    #[tokio::test]
+    async fn stdout_is_the_stream_and_stderr_is_not() {
+        use tokio::io::AsyncReadExt;
+        let (words, part) = (LastWords::default(), Bytes::from_static);
+        let output = [Output::Stdout(part(b"a")), Output::Stderr(part(b"oops")), Output::Stdout(part(b"b"))];
+        let output = futures_util::stream::iter(output.map(Ok));
+        let mut text = String::new();
+        duplex(output, tokio::io::sink(), words.clone()).read_to_string(&mut text).await.unwrap();
+        assert_eq!((text.as_str(), words.to_string().as_str()), ("ab", "oops"));
+    }
+}

@@ -1,0 +1,563 @@
+//! The Docker engine, through bollard.
+//!
+//! `container_request` lists every security setting; the rest of this file is calls.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, SystemTime};
+
+use async_trait::async_trait;
+use bollard::Docker as Client;
+use bollard::container::{AttachContainerResults, LogOutput};
+use bollard::errors::Error as ClientError;
+use bollard::models::{
+    ContainerCreateBody, ContainerStateStatusEnum as Status, HostConfig, HostConfigCgroupnsModeEnum,
+    HostConfigLogConfig, ResourcesUlimits, SystemInfo,
+};
+use bollard::query_parameters::{
+    AttachContainerOptionsBuilder, CreateContainerOptionsBuilder, CreateImageOptionsBuilder,
+    InspectContainerOptions, ListContainersOptionsBuilder, RemoveContainerOptionsBuilder,
+    RenameContainerOptionsBuilder,
+};
+use futures_util::{StreamExt, TryStreamExt};
+
+use super::container::{
+    self, HOSTNAME, INSTANCE_LABEL, LastWords, Mode, Names, OOM_SCORE_ADJ, Output, Pull, SECCOMP_PROFILE,
+    SECRET_LABEL, SYSCTLS, Settings, Uids, WORKSPACE,
+};
+use super::{
+    Engine, Error, Fate, Found, KeySecret, Layer, Limit, Result, Runtime, Sandbox, SandboxId, SandboxSpec,
+    SessionKey, detached,
+};
+
+const DRIVER: &str = "docker";
+/// A call that takes longer has failed; only a pull may.
+const CALL_TIMEOUT: Duration = Duration::from_secs(20);
+/// Seconds that bollard itself waits for the head of an answer: beyond every deadline of ours.
+const CLIENT_TIMEOUT_S: u64 = 120;
+/// From one line on the progress of a pull to the next.
+const PROGRESS: Duration = Duration::from_secs(2);
+/// A removal that somebody else has begun is looked at again.
+const REMOVAL_PAUSE: Duration = Duration::from_millis(50);
+/// Uids that neither systemd nor useradd hands out; see `runtime::embedded`'s own range, which is beside it.
+const UIDS: (u32, u32) = (2_100_000_000, 40_000_000);
+/// Where the daemon maps uids (userns-remap, or rootless), these are what it has to map.
+const MAPPED_UIDS: (u32, u32) = (10_000, 50_000);
+const CGROUPS: &str = "a host with control groups version 2, or with memory, cpu and pids under version 1; \
+                       or name the limit in allow_unenforced";
+
+/// TLS for a daemon at `tcp://…`: the three files that Docker's own clients take.
+#[derive(Debug, Clone)]
+pub struct Tls {
+    /// Who signed the daemon's certificate.
+    pub ca: std::path::PathBuf,
+    /// Our certificate.
+    pub cert: std::path::PathBuf,
+    /// And its key.
+    pub key: std::path::PathBuf,
+}
+
+/// The Docker engine.
+#[derive(Debug, Clone)]
+pub struct Docker(Arc<Inner>);
+
+#[derive(Debug)]
+struct Inner {
+    client: Client,
+    settings: Settings,
+    supervisor: &'static str,
+    names: Names,
+    secret: KeySecret,
+    info: SystemInfo,
+    uids: Uids,
+    /// Of the containers that this process attached to.
+    last_words: Mutex<HashMap<SandboxId, LastWords>>,
+}
+
+/// What Docker is asked for: every security setting of this driver.
+///
+/// `user` is `uid:gid`, and never root's.
+fn container_request(
+    spec: &SandboxSpec,
+    settings: &Settings,
+    secret: &KeySecret,
+    user: &str,
+    supervisor: &str,
+) -> ContainerCreateBody {
+    let (uid, gid) = user.split_once(':').unwrap_or((user, user));
+    let tmpfs = |size: u64, mode: &str| {
+        let SandboxSpec { inodes, .. } = spec;
+        format!("rw,exec,nosuid,nodev,size={size},nr_inodes={inodes},mode={mode},uid={uid},gid={gid}")
+    };
+    let ulimit = |(name, value): (&str, u64)| ResourcesUlimits {
+        name: Some(name.into()),
+        soft: Some(value as i64),
+        hard: Some(value as i64),
+    };
+    let strings = |pairs: &[(&str, &str)]| {
+        pairs.iter().map(|(name, value)| (name.to_string(), value.to_string())).collect()
+    };
+    let host_config = HostConfig {
+        // Limits.
+        memory: Some(spec.memory_bytes as i64),
+        memory_swap: Some(spec.memory_bytes as i64), // of both together: no swap
+        nano_cpus: Some((spec.cpus * 1e9) as i64),
+        pids_limit: Some(spec.processes as i64),
+        ulimits: Some(container::resources(spec).map(ulimit).collect()),
+        oom_score_adj: Some(OOM_SCORE_ADJ),
+        sysctls: Some(strings(&SYSCTLS)),
+        // Rights.
+        cap_drop: Some(vec!["ALL".into()]),
+        security_opt: Some(vec!["no-new-privileges".into(), format!("seccomp={SECCOMP_PROFILE}")]),
+        privileged: Some(false),
+        // Files.
+        readonly_rootfs: Some(true),
+        tmpfs: Some(HashMap::from([
+            (WORKSPACE.into(), tmpfs(spec.workspace_bytes, "0755")),
+            ("/tmp".into(), tmpfs(spec.tmp_bytes, "1777")),
+            ("/dev/shm".into(), tmpfs(spec.shm_bytes, "1777")),
+        ])),
+        // Namespaces.
+        network_mode: Some("none".into()),
+        ipc_mode: Some("private".into()),
+        cgroupns_mode: Some(HostConfigCgroupnsModeEnum::PRIVATE),
+        // Our frames run over stdout: they must not pile up on disk.
+        log_config: Some(HostConfigLogConfig { typ: Some("none".into()), config: None }),
+        runtime: settings.runtime.clone(),
+        init: Some(false), // PID 1 is the supervisor
+        ..HostConfig::default()
+    };
+    let environment = container::environment(spec).map(|(name, value)| format!("{name}={value}"));
+    let mut program = container::program(supervisor, Mode::Park);
+    let arguments = program.split_off(1);
+    ContainerCreateBody {
+        image: Some(settings.image.clone()),
+        entrypoint: Some(program),
+        cmd: Some(arguments),
+        env: Some(environment.collect()),
+        user: Some(user.into()),
+        working_dir: Some(WORKSPACE.into()),
+        hostname: Some(HOSTNAME.into()),
+        labels: Some(container::labels(settings, secret).into_iter().collect()),
+        network_disabled: Some(true),
+        attach_stdin: Some(true),
+        attach_stdout: Some(true),
+        attach_stderr: Some(true),
+        open_stdin: Some(true),
+        stdin_once: Some(false), // it stays open for a server that comes back
+        tty: Some(false),
+        healthcheck: Some(bollard::models::HealthConfig {
+            test: Some(vec!["NONE".into()]), // the image's own would start processes
+            ..Default::default()
+        }),
+        host_config: Some(host_config),
+        ..ContainerCreateBody::default()
+    }
+}
+
+impl Docker {
+    /// Finds the daemon, its containers of this instance and the image. `supervisor` is the source of PID 1.
+    ///
+    /// # Errors
+    /// `Unusable` where the operator has to act: no daemon there, no image, no such runtime.
+    pub async fn start(settings: Settings, tls: Option<Tls>, supervisor: &'static str) -> Result<Docker> {
+        let unusable = |why: String| Error::Unusable {
+            what: format!("reach the Docker daemon at {}", settings.url),
+            why,
+            remedy: "start it (systemctl start docker), set docker.url or DOCKER_HOST to where it listens, and \
+                     let this user reach its socket; or use driver = \"embedded\""
+                .into(),
+        };
+        let client = connect(&settings.url, tls.as_ref()).map_err(|error| unusable(error.to_string()))?;
+        let client = within("negotiate the version", client.negotiate_version())
+            .await
+            .map_err(|error| unusable(error.to_string()))?;
+        let info = within("ask for its properties", client.info()).await.map_err(|e| unusable(e.to_string()))?;
+        check_runtime(&info, &settings)?;
+        ensure_image(&client, &settings).await?;
+        let secret = secret_of(&client, &settings.instance).await?;
+        let (first, many) = if maps_uids(&info) { MAPPED_UIDS } else { UIDS };
+        Ok(Docker(Arc::new(Inner {
+            client,
+            names: Names::new(&settings.instance),
+            settings,
+            supervisor,
+            secret,
+            info,
+            uids: Uids::new(first, many),
+            last_words: Mutex::default(),
+        })))
+    }
+}
+
+fn connect(url: &str, tls: Option<&Tls>) -> std::result::Result<Client, ClientError> {
+    let version = bollard::API_DEFAULT_VERSION;
+    match tls {
+        Some(Tls { ca, cert, key }) => {
+            // Twice is fine: the first one stays.
+            let _ = rustls::crypto::ring::default_provider().install_default();
+            Client::connect_with_ssl(url, key, cert, ca, CLIENT_TIMEOUT_S, version)
+        }
+        None if url.starts_with("unix://") => Client::connect_with_unix(url, CLIENT_TIMEOUT_S, version),
+        None if url.starts_with("tcp://") || url.starts_with("http://") => {
+            Client::connect_with_http(url, CLIENT_TIMEOUT_S, version)
+        }
+        None => Err(ClientError::UnsupportedURISchemeError { uri: format!("{url}: expected unix:// or tcp://") }),
+    }
+}
+
+/// Whether uids in a container are others outside.
+fn maps_uids(info: &SystemInfo) -> bool {
+    let options = info.security_options.iter().flatten();
+    options.into_iter().any(|option| option.contains("name=userns") || option.contains("name=rootless"))
+}
+
+fn check_runtime(info: &SystemInfo, settings: &Settings) -> Result<()> {
+    let Some(wanted) = &settings.runtime else { return Ok(()) };
+    let known: Vec<_> = info.runtimes.iter().flatten().map(|(name, _)| name.as_str()).collect();
+    if known.contains(&wanted.as_str()) {
+        return Ok(());
+    }
+    Err(Error::Unusable {
+        what: format!("use the runtime {wanted}"),
+        why: format!("the daemon knows {}", known.join(", ")),
+        remedy: "add it to the daemon's \"runtimes\" (daemon.json), or set docker.runtime to one that it knows"
+            .into(),
+    })
+}
+
+async fn ensure_image(client: &Client, settings: &Settings) -> Result<()> {
+    let image = &settings.image;
+    let here = match within("look for the image", client.inspect_image(image)).await {
+        Ok(_) => true,
+        Err(Failure::Client(ClientError::DockerResponseServerError { status_code: 404, .. })) => false,
+        Err(failure) => return Err(failure.at(format!("look for the image {image}"))),
+    };
+    match settings.pull {
+        Pull::Always => pull(client, image).await,
+        Pull::Missing if !here => pull(client, image).await,
+        Pull::Never if !here => {
+            Err(container::image_missing(DRIVER, image, "the daemon has no such image, and pull = \"never\""))
+        }
+        Pull::Missing | Pull::Never => Ok(()),
+    }
+}
+
+/// Takes as long as it takes, and says how far it is.
+async fn pull(client: &Client, image: &str) -> Result<()> {
+    tracing::info!(image, "pulling the image");
+    let tagged = match image.rsplit_once('/').map_or(image, |(_, name)| name) {
+        name if name.contains([':', '@']) => image.to_owned(),
+        _ => format!("{image}:latest"), // else Docker takes every tag there is
+    };
+    let options = CreateImageOptionsBuilder::default().from_image(&tagged).build();
+    let mut steps = client.create_image(Some(options), None, None);
+    let mut layers: HashMap<String, (i64, i64)> = HashMap::new();
+    let mut said = tokio::time::Instant::now();
+    loop {
+        let step = match steps.next().await {
+            None => break,
+            Some(Ok(step)) => step,
+            Some(Err(error)) => return Err(container::image_missing(DRIVER, image, &error.to_string())),
+        };
+        if let Some(error) = step.error_detail.and_then(|detail| detail.message) {
+            return Err(container::image_missing(DRIVER, image, &error));
+        }
+        if let (Some(id), Some(progress)) = (step.id, step.progress_detail) {
+            layers.insert(id, (progress.current.unwrap_or(0), progress.total.unwrap_or(0)));
+        }
+        if said.elapsed() >= PROGRESS {
+            said = tokio::time::Instant::now();
+            let (done, all) = layers.values().fold((0, 0), |sum, layer| (sum.0 + layer.0, sum.1 + layer.1));
+            let mebibytes = |bytes: i64| bytes / (1 << 20);
+            tracing::info!(image, "pulled {} of {} MiB", mebibytes(done), mebibytes(all));
+        }
+    }
+    tracing::info!(image, "pulled");
+    Ok(())
+}
+
+async fn listed(client: &Client, instance: &str) -> Result<Vec<bollard::models::ContainerSummary>> {
+    let ours = HashMap::from([("label", vec![format!("{INSTANCE_LABEL}={instance}")])]);
+    let options = ListContainersOptionsBuilder::default().all(true).filters(&ours).build();
+    within("list", client.list_containers(Some(options))).await.map_err(|failure| failure.at("list our containers"))
+}
+
+/// The secret that names our containers; a new one where there is none.
+async fn secret_of(client: &Client, instance: &str) -> Result<KeySecret> {
+    let containers = listed(client, instance).await?;
+    let secret = |container: &bollard::models::ContainerSummary| {
+        KeySecret::from_hex(container.labels.as_ref()?.get(SECRET_LABEL)?)
+    };
+    Ok(containers.iter().find_map(secret).unwrap_or_else(KeySecret::random))
+}
+
+impl Inner {
+    async fn create(self: Arc<Self>, spec: SandboxSpec) -> Result<Sandbox> {
+        let user = self.settings.user.clone().unwrap_or_else(|| self.uids.next());
+        let request = container_request(&spec, &self.settings, &self.secret, &user, self.supervisor);
+        let name = self.names.unclaimed()?;
+        let options = CreateContainerOptionsBuilder::default().name(&name).build();
+        let created = within("create", self.client.create_container(Some(options), request)).await;
+        let made = match created {
+            Ok(created) => self.begin(SandboxId(created.id)).await,
+            Err(Failure::Client(ClientError::DockerResponseServerError { status_code: 404, message })) => {
+                Err(container::image_missing(DRIVER, &self.settings.image, &message))
+            }
+            Err(failure) => Err(failure.at("create a container")),
+        };
+        if made.is_err() {
+            // By the name, which we know even where the answer was lost.
+            let undone = self.remove(&SandboxId(name)).await;
+            undone.unwrap_or_else(|error| tracing::warn!(%error, "a container that did not start may be left"));
+        }
+        made
+    }
+
+    /// Attached first: nothing that it says can be lost then.
+    async fn begin(&self, id: SandboxId) -> Result<Sandbox> {
+        let sandbox = self.attach(&id).await?;
+        let started = within("start", self.client.start_container(&id.0, None)).await;
+        started.map_err(|failure| failure.at("start a container"))?;
+        Ok(sandbox)
+    }
+
+    async fn attach(&self, id: &SandboxId) -> Result<Sandbox> {
+        let options = AttachContainerOptionsBuilder::default();
+        let options = options.stream(true).stdin(true).stdout(true).stderr(true).logs(false).build();
+        let attached = within("attach", self.client.attach_container(&id.0, Some(options))).await;
+        let AttachContainerResults { output, input } = attached.map_err(|failure| failure.of(id, "attach to"))?;
+        let words = LastWords::default();
+        self.last_words().insert(id.clone(), words.clone());
+        let output = output.map_err(std::io::Error::other).map_ok(|output| match output {
+            LogOutput::StdErr { message } => Output::Stderr(message),
+            LogOutput::StdOut { message }
+            | LogOutput::StdIn { message }
+            | LogOutput::Console { message } => Output::Stdout(message),
+        });
+        Ok(Sandbox { id: id.clone(), stream: container::duplex(output, input, words) })
+    }
+
+    /// Gone means gone: a removal that another call has begun is awaited.
+    async fn remove(&self, id: &SandboxId) -> Result<()> {
+        loop {
+            let options = RemoveContainerOptionsBuilder::default().force(true).v(true).build();
+            match within("remove", self.client.remove_container(&id.0, Some(options))).await {
+                Ok(())
+                | Err(Failure::Client(ClientError::DockerResponseServerError { status_code: 404, .. })) => break,
+                Err(Failure::Client(ClientError::DockerResponseServerError { status_code: 409, .. })) => {
+                    tokio::time::sleep(REMOVAL_PAUSE).await; // ends with the caller's patience
+                }
+                Err(failure) => return Err(failure.of(id, "remove")),
+            }
+        }
+        self.last_words().remove(id);
+        Ok(())
+    }
+
+    async fn inspect(&self, id: &SandboxId) -> Result<bollard::models::ContainerInspectResponse> {
+        let inspected = within("inspect", self.client.inspect_container(&id.0, None::<InspectContainerOptions>)).await;
+        inspected.map_err(|failure| failure.of(id, "inspect"))
+    }
+
+    fn last_words(&self) -> std::sync::MutexGuard<'_, HashMap<SandboxId, LastWords>> {
+        self.last_words.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The layers as the daemon tells of them; `real` are the settings that it says the first sandbox has.
+    fn layers(&self, spec: &SandboxSpec, real: &HostConfig) -> Vec<Layer> {
+        let info = &self.info;
+        let version = info.cgroup_version.map_or("?".into(), |version| version.to_string());
+        let by = format!("control groups version {version}");
+        let limit = |name, limit, given: Option<bool>, holds: bool| match given.unwrap_or(true) && holds {
+            true => Layer::on(name, &by),
+            false => Layer::unenforced(name, "nothing: the daemon cannot", limit, CGROUPS),
+        };
+        let HostConfig { memory, memory_swap, nano_cpus, pids_limit, .. } = real;
+        let bytes = Some(spec.memory_bytes as i64);
+        let mut layers = vec![
+            limit("memory", Limit::Memory, info.memory_limit, *memory == bytes),
+            limit("cpus", Limit::Cpus, info.cpu_cfs_quota, *nano_cpus == Some((spec.cpus * 1e9) as i64)),
+            limit("processes", Limit::Processes, info.pids_limit, *pids_limit == Some(spec.processes as i64)),
+        ];
+        layers.push(match info.swap_limit.unwrap_or(true) && *memory_swap == bytes {
+            true => Layer::on("swap", "none"),
+            false => Layer::off("swap", "not limited: the host's kernel does not count it", "swapaccount=1, or no swap"),
+        });
+        layers.push(match &self.settings.user {
+            None => Layer::on("uids", "a uid of its own for each sandbox"),
+            Some(user) => Layer::unenforced(
+                "uids",
+                format!("docker.user gives every sandbox the user {user}"),
+                Limit::Uids,
+                "leave docker.user empty, or name uids in allow_unenforced",
+            ),
+        });
+        layers.push(match maps_uids(info) {
+            true => Layer::on("user_namespace", "the daemon maps uids"),
+            false => Layer::off("user_namespace", "the daemon does not map uids", "userns-remap in daemon.json"),
+        });
+        layers.extend(claimed_layers(spec, &self.settings, &self.secret, real));
+        layers
+    }
+}
+
+/// The layers that hold where the daemon says of a sandbox what it was asked for.
+fn claimed_layers(spec: &SandboxSpec, settings: &Settings, secret: &KeySecret, real: &HostConfig) -> Vec<Layer> {
+    let asked = container_request(spec, settings, secret, "1:1", "").host_config.unwrap_or_default();
+    let layer = |name, holds: bool, by: &str| match holds {
+        true => Layer::on(name, by),
+        false => Layer::missing(name, "the daemon says that the sandbox does not have it"),
+    };
+    let tmpfs = real.tmpfs.as_ref().map_or(0, HashMap::len);
+    let logs = real.log_config.as_ref().and_then(|config| config.typ.as_deref());
+    vec![
+        layer("user", true, "not root"),
+        layer("capabilities", real.cap_drop == asked.cap_drop, "none, bounding set empty"),
+        layer("no_new_privileges", real.security_opt == asked.security_opt, "no-new-privileges"),
+        layer("seccomp", real.security_opt == asked.security_opt, "config/seccomp.json"),
+        layer("root_file_system", real.readonly_rootfs == asked.readonly_rootfs, "read-only"),
+        layer("workspace", tmpfs == 3, "tmpfs with size and inode limits"),
+        layer("network", real.network_mode == asked.network_mode, "a namespace with nothing but lo"),
+        layer("logs", logs == Some("none"), "none are kept"),
+        layer("supervisor", true, "not dumpable"),
+    ]
+}
+
+#[async_trait]
+impl Runtime for Docker {
+    fn name(&self) -> &'static str {
+        DRIVER
+    }
+
+    fn secret(&self) -> KeySecret {
+        self.0.secret.clone()
+    }
+
+    async fn probe(&self, first: &SandboxId, spec: &SandboxSpec) -> Result<Engine> {
+        let real = self.0.inspect(first).await?.host_config.unwrap_or_default();
+        let options = self.0.info.security_options.iter().flatten();
+        Ok(Engine {
+            version: self.0.info.server_version.clone().unwrap_or_default(),
+            rootless: options.into_iter().any(|option| option.contains("name=rootless")),
+            image: self.0.settings.image.clone(),
+            layers: self.0.layers(spec, &real),
+        })
+    }
+
+    async fn create(&self, spec: &SandboxSpec) -> Result<Sandbox> {
+        let (inner, undoing) = (self.0.clone(), self.0.clone());
+        detached(DRIVER, inner.create(spec.clone()), async move |id| {
+            let undone = undoing.remove(&id).await;
+            undone.unwrap_or_else(|error| tracing::warn!(%error, "a container that nobody wanted may be left"));
+        })
+        .await
+    }
+
+    async fn attach(&self, id: &SandboxId) -> Result<Sandbox> {
+        // To a container that has ended an attach succeeds, and is silent then.
+        match self.fate(id).await? {
+            Fate::Running { .. } => self.0.attach(id).await,
+            _ => Err(Error::Gone(id.clone())),
+        }
+    }
+
+    async fn claim(&self, id: &SandboxId, owner: &SessionKey) -> Result<()> {
+        let name = self.0.names.claimed(owner, SystemTime::now());
+        let options = RenameContainerOptionsBuilder::default().name(&name).build();
+        let renamed = within("rename", self.0.client.rename_container(&id.0, options)).await;
+        renamed.map_err(|failure| failure.of(id, "claim"))
+    }
+
+    async fn list(&self) -> Result<Vec<Found>> {
+        let containers = listed(&self.0.client, &self.0.settings.instance).await?;
+        let found = containers.into_iter().filter_map(|container| {
+            let name = container.names.iter().flatten().next().map(String::as_str);
+            Some(self.0.names.found(container.id?, name))
+        });
+        Ok(found.collect())
+    }
+
+    async fn fate(&self, id: &SandboxId) -> Result<Fate> {
+        let state = match self.0.inspect(id).await {
+            Ok(container) => container.state.unwrap_or_default(),
+            Err(Error::Gone(_)) => return Ok(Fate::Gone),
+            Err(error) => return Err(error),
+        };
+        let stderr = || self.0.last_words().get(id).map(LastWords::to_string).unwrap_or_default();
+        Ok(match state.status {
+            Some(Status::RUNNING | Status::CREATED | Status::RESTARTING) => {
+                Fate::Running { out_of_memory_kills: None } // the supervisor sees them itself
+            }
+            Some(Status::PAUSED) => Fate::Paused,
+            Some(Status::EXITED | Status::DEAD) if state.oom_killed == Some(true) && state.exit_code == Some(137) => {
+                Fate::OutOfMemory
+            }
+            Some(Status::EXITED | Status::DEAD) => {
+                Fate::Exited { code: state.exit_code.unwrap_or(-1) as i32, stderr: stderr() }
+            }
+            _ => Fate::Gone,
+        })
+    }
+
+    async fn remove(&self, id: &SandboxId) -> Result<()> {
+        self.0.remove(id).await
+    }
+}
+
+/// Why a call failed.
+#[derive(Debug, thiserror::Error)]
+enum Failure {
+    #[error(transparent)]
+    Client(#[from] ClientError),
+    #[error("no answer to \"{0}\" within {CALL_TIMEOUT:?}")]
+    Late(&'static str),
+}
+
+/// Every call has a deadline: a daemon may be stopped, and not only dead.
+async fn within<T>(
+    what: &'static str,
+    call: impl Future<Output = std::result::Result<T, ClientError>>,
+) -> std::result::Result<T, Failure> {
+    Ok(tokio::time::timeout(CALL_TIMEOUT, call).await.map_err(|_| Failure::Late(what))??)
+}
+
+impl Failure {
+    /// As an error of a call that is about the container `id`.
+    fn of(self, id: &SandboxId, what: &str) -> Error {
+        match self {
+            Failure::Client(ClientError::DockerResponseServerError { status_code: 404, .. }) => {
+                Error::Gone(id.clone())
+            }
+            other => other.at(format!("{what} sandbox {id}")),
+        }
+    }
+
+    fn at(self, what: impl Into<String>) -> Error {
+        match self {
+            Failure::Client(ClientError::DockerResponseServerError { message, .. }) => {
+                match container::is_no_space(&message) {
+                    true => Error::NoSpace { driver: DRIVER, why: message },
+                    false => Error::failed(what)(std::io::Error::other(message)),
+                }
+            }
+            // What is no answer of the daemon's is a sign that there is no daemon.
+            Failure::Client(error) => Error::Unavailable { driver: DRIVER, why: causes(&error) },
+            late @ Failure::Late(_) => Error::Unavailable { driver: DRIVER, why: late.to_string() },
+        }
+    }
+}
+
+/// An error and what led to it, in one line: hyper's own texts tell nothing of the cause.
+fn causes(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        let cause_text = cause.to_string();
+        if !text.contains(&cause_text) {
+            text = format!("{text}: {cause_text}");
+        }
+        source = cause.source();
+    }
+    text
+}

@@ -1,0 +1,669 @@
+//! The Podman engine, rootless or as root: through podman-api where it is right, through `raw` where it errs.
+//!
+//! `container_request` lists every security setting; the rest of this file is calls.
+
+mod raw;
+
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, SystemTime};
+
+use async_trait::async_trait;
+use futures_util::StreamExt;
+use hyper::{Method, StatusCode};
+use podman_api::Podman as Client;
+use podman_api::opts::{ContainerDeleteOpts, ContainerListFilter, ContainerListOpts, PullOpts, PullPolicy};
+use serde_json::{Value, json};
+use tokio::sync::OnceCell;
+
+use super::container::{
+    self, HOSTNAME, INSTANCE_LABEL, LastWords, Mode, Names, OOM_SCORE_ADJ, Pull, SECCOMP_PROFILE, SECRET_LABEL,
+    SYSCTLS, Settings, Uids, WORKSPACE,
+};
+use super::{
+    Engine, Error, Fate, Found, KeySecret, Layer, Limit, Result, Runtime, Sandbox, SandboxId, SandboxSpec,
+    SessionKey, detached,
+};
+use raw::{Failure, Raw, Refusal};
+
+const DRIVER: &str = "podman";
+/// A call that takes longer has failed; only a pull may.
+const CALL_TIMEOUT: Duration = Duration::from_secs(20);
+/// Milliseconds in which a container that loses its stdin has ended: a guess, some hundred times what it takes.
+const EOF_WAIT_MS: u64 = 700;
+/// The first uid and gid of a sandbox, in the user namespace that all of this engine's containers are in.
+const FIRST_UID: u32 = 10_000;
+/// As root, uids that neither systemd nor useradd hands out, beside those of the other drivers.
+const ROOT_UIDS: (u32, u32) = (2_140_000_000, 7_000_000);
+const CGROUPS: &str = "control groups version 2, delegated to this user (memory, cpu and pids in \
+                       /sys/fs/cgroup/user.slice/…/cgroup.controllers); or name the limit in allow_unenforced";
+/// Ends when its stdin does; the second line of the conversation that tells whether it does.
+const STDIN_PROBE: &str = "import os; os.read(0, 1); os.write(1, b'x'); os.read(0, 1)";
+
+/// Where the service reads our seccomp profile: its API takes a path on its own host, and no text.
+#[derive(Debug, Clone)]
+pub enum Profile {
+    /// It is there already.
+    There(PathBuf),
+    /// To be written into this directory, which this process and the service both see.
+    Into(PathBuf),
+}
+
+/// The Podman engine.
+#[derive(Debug, Clone)]
+pub struct Podman(Arc<Inner>);
+
+struct Inner {
+    client: Client,
+    raw: Raw,
+    settings: Settings,
+    supervisor: &'static str,
+    profile: PathBuf,
+    names: Names,
+    secret: KeySecret,
+    host: Host,
+    uids: Uids,
+    /// Whether a container's stdin stays open when we go: what `attach` found once.
+    stdin_survives: OnceCell<bool>,
+    /// Of the containers that this process attached to.
+    last_words: Mutex<HashMap<SandboxId, LastWords>>,
+}
+
+impl std::fmt::Debug for Inner {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Inner").field("url", &self.settings.url).finish_non_exhaustive()
+    }
+}
+
+/// What the service tells of itself.
+#[derive(Debug)]
+struct Host {
+    version: String,
+    rootless: bool,
+    cgroup_version: String,
+    controllers: Vec<String>,
+    runtime: String,
+    /// Ids from 1 on in the containers' user namespace.
+    subordinate_ids: u32,
+}
+
+impl Host {
+    fn of(info: &Value) -> Host {
+        let host = &info["host"];
+        let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
+        let sizes = |map: &Value| -> u64 {
+            let ranges = map.as_array().into_iter().flatten();
+            ranges.filter(|range| range["container_id"] != 0).filter_map(|range| range["size"].as_u64()).sum()
+        };
+        let mappings = &host["idMappings"];
+        let ids = sizes(&mappings["uidmap"]).min(sizes(&mappings["gidmap"]));
+        Host {
+            version: text(&info["version"]["Version"]),
+            rootless: host["security"]["rootless"] == true,
+            cgroup_version: text(&host["cgroupVersion"]),
+            controllers: host["cgroupControllers"].as_array().into_iter().flatten().map(text).collect(),
+            runtime: text(&host["ociRuntime"]["name"]),
+            subordinate_ids: u32::try_from(ids).unwrap_or(u32::MAX),
+        }
+    }
+
+    fn enforces(&self, controller: &str) -> bool {
+        // As root under version 1 the list is empty, and all are there.
+        let root = !self.rootless && self.cgroup_version == "v1";
+        root || self.controllers.iter().any(|known| known == controller)
+    }
+}
+
+/// What Podman is asked for: every security setting of this driver.
+///
+/// `user` is `uid:gid`, and never root's; `profile` is read by the service, on its own host.
+fn container_request(
+    spec: &SandboxSpec,
+    settings: &Settings,
+    secret: &KeySecret,
+    user: &str,
+    profile: &str,
+    program: Vec<String>,
+) -> Value {
+    let tmpfs = |destination: &str, size: u64, mode: &str| {
+        // Podman takes no uid, gid or nr_inodes here: whoever is inside may write, and memory bounds the inodes.
+        let options = ["rw", "exec", "nosuid", "nodev", &format!("size={size}"), mode];
+        json!({"destination": destination, "type": "tmpfs", "source": "tmpfs", "options": options})
+    };
+    let rlimits: Vec<_> = container::resources(spec)
+        .map(|(name, value)| json!({"type": name.to_uppercase(), "soft": value, "hard": value}))
+        .collect();
+    let quota = (spec.cpus * 100_000.0) as u64;
+    let (program, arguments) = program.split_at(1);
+    json!({
+        "image": settings.image,
+        "entrypoint": program,
+        "command": arguments,
+        "env": container::environment(spec).collect::<HashMap<_, _>>(),
+        "httpproxy": false, // else the service's own proxy variables, passwords and all
+        "user": user,
+        "work_dir": WORKSPACE,
+        "hostname": HOSTNAME,
+        "labels": container::labels(settings, secret),
+        "stdin": true,
+        "terminal": false,
+        "systemd": "false",
+        // Limits.
+        "resource_limits": {
+            "memory": {"limit": spec.memory_bytes, "swap": spec.memory_bytes}, // of both together: no swap
+            "cpu": {"quota": quota, "period": 100_000},
+            "pids": {"limit": spec.processes},
+        },
+        "r_limits": rlimits,
+        "oom_score_adj": OOM_SCORE_ADJ,
+        "sysctl": HashMap::from(SYSCTLS),
+        // Rights.
+        "privileged": false,
+        "cap_drop": ["ALL"],
+        "no_new_privileges": true,
+        "seccomp_profile_path": profile,
+        // Files.
+        "read_only_filesystem": true,
+        "read_write_tmpfs": false,
+        "image_volume_mode": "ignore",
+        "mounts": [
+            tmpfs(WORKSPACE, spec.workspace_bytes, "mode=1777"),
+            tmpfs("/tmp", spec.tmp_bytes, "mode=1777"),
+            tmpfs("/dev/shm", spec.shm_bytes, "mode=1777"),
+        ],
+        "use_image_resolve_conf": true,
+        // Namespaces.
+        "netns": {"nsmode": "none"},
+        "ipcns": {"nsmode": "private"},
+        "pidns": {"nsmode": "private"},
+        "utsns": {"nsmode": "private"},
+        "cgroupns": {"nsmode": "private"},
+        // Our frames run over stdout: they must not pile up on disk.
+        "log_configuration": {"driver": "none"},
+        "healthconfig": {"Test": ["NONE"]}, // the image's own would start processes
+    })
+}
+
+impl Podman {
+    /// Finds the service, its containers of this instance and the image. `supervisor` is the source of PID 1.
+    ///
+    /// # Errors
+    /// `Unusable` where the operator has to act: no service there, no image, another runtime.
+    pub async fn start(
+        settings: Settings,
+        profile: Profile,
+        supervisor: &'static str,
+    ) -> Result<Podman> {
+        let unusable = |why: String| Error::Unusable {
+            what: format!("reach the Podman service at {}", settings.url),
+            why,
+            remedy: "start it (systemctl --user start podman.socket, or podman system service -t 0), set \
+                     podman.url or CONTAINER_HOST to where it listens; or use driver = \"embedded\""
+                .into(),
+        };
+        let raw = Raw::new(&settings.url).ok_or_else(|| unusable("expected unix:// or tcp://".into()))?;
+        let client = Client::new(&settings.url).map_err(|error| unusable(error.to_string()))?;
+        // podman-api's own `info` fails on fields that came after Podman 4.
+        let info = within("info", raw.call(Method::GET, "/info", &Value::Null)).await;
+        let host = Host::of(&info.map_err(|error| unusable(error.to_string()))?);
+        check_runtime(&host, &settings)?;
+        let uids = uids(&host, &settings)?;
+        ensure_image(&client, &raw, &settings).await?;
+        let profile = match profile {
+            Profile::There(path) => path,
+            Profile::Into(directory) => write_profile(&directory, &settings.instance)?,
+        };
+        let secret = secret_of(&client, &settings.instance).await?;
+        Ok(Podman(Arc::new(Inner {
+            client,
+            raw,
+            names: Names::new(&settings.instance),
+            settings,
+            supervisor,
+            profile,
+            secret,
+            host,
+            uids,
+            stdin_survives: OnceCell::new(),
+            last_words: Mutex::default(),
+        })))
+    }
+}
+
+/// The runtime cannot be chosen by a request (podman #28429): it is the service's, and has to be the wanted one.
+fn check_runtime(host: &Host, settings: &Settings) -> Result<()> {
+    match &settings.runtime {
+        Some(wanted) if *wanted != host.runtime => Err(Error::Unusable {
+            what: format!("use the runtime {wanted}"),
+            why: format!("the service uses {}", host.runtime),
+            remedy: format!(
+                "set runtime = \"{wanted}\" in the [engine] section of its containers.conf and restart it, or leave \
+                 podman.runtime empty"
+            ),
+        }),
+        _ => Ok(()),
+    }
+}
+
+fn uids(host: &Host, settings: &Settings) -> Result<Uids> {
+    if !host.rootless {
+        return Ok(Uids::new(ROOT_UIDS.0, ROOT_UIDS.1));
+    }
+    let many = host.subordinate_ids.saturating_sub(FIRST_UID);
+    if many == 0 && settings.user.is_none() {
+        return Err(Error::Unusable {
+            what: "give each sandbox a uid of its own".into(),
+            why: format!("the service's user has {} subordinate ids", host.subordinate_ids),
+            remedy: "usermod --add-subuids 100000-165535 --add-subgids 100000-165535 USER, then podman system migrate"
+                .into(),
+        });
+    }
+    Ok(Uids::new(FIRST_UID, many))
+}
+
+async fn ensure_image(client: &Client, raw: &Raw, settings: &Settings) -> Result<()> {
+    let image = &settings.image;
+    let path = format!("/images/{}/exists", encoded(image));
+    // By hand, since podman-api does not encode the slashes of a name.
+    let here = match within("image exists", raw.call(Method::GET, &path, &Value::Null)).await {
+        Ok(_) => true,
+        Err(Failure::Refused(Refusal { status: StatusCode::NOT_FOUND, .. })) => false,
+        Err(failure) => return Err(at(failure, format!("look for the image {image}"))),
+    };
+    match settings.pull {
+        Pull::Always => pull(client, image).await,
+        Pull::Missing if !here => pull(client, image).await,
+        Pull::Never if !here => {
+            Err(container::image_missing(DRIVER, image, "the service has no such image, and pull = \"never\""))
+        }
+        Pull::Missing | Pull::Never => Ok(()),
+    }
+}
+
+/// Takes as long as it takes, and passes on what Podman says of it.
+async fn pull(client: &Client, image: &str) -> Result<()> {
+    tracing::info!(image, "pulling the image");
+    let options = PullOpts::builder().reference(image).policy(PullPolicy::Always).quiet(false).build();
+    let images = client.images();
+    let mut steps = images.pull(&options);
+    while let Some(step) = steps.next().await {
+        let step = step.map_err(|error| container::image_missing(DRIVER, image, &error.to_string()))?;
+        if let Some(error) = step.error {
+            return Err(container::image_missing(DRIVER, image, &error));
+        }
+        if let Some(said) = step.stream {
+            tracing::info!(image, "{}", said.trim());
+        }
+    }
+    tracing::info!(image, "pulled");
+    Ok(())
+}
+
+/// The file of an earlier server is replaced, and never seen half written.
+fn write_profile(directory: &Path, instance: &str) -> Result<PathBuf> {
+    let path = directory.join(format!("codesandbox-{instance}-seccomp.json"));
+    let new = directory.join(format!("codesandbox-{instance}-seccomp.{}.new", std::process::id()));
+    let written = std::fs::write(&new, SECCOMP_PROFILE).and_then(|()| std::fs::rename(&new, &path));
+    written.map_err(|error| Error::Unusable {
+        what: "write the seccomp profile where the Podman service reads it".into(),
+        why: format!("{}: {error}", path.display()),
+        remedy: "set XDG_RUNTIME_DIR, or set podman.seccomp_profile to the path of config/seccomp.json on the \
+                 service's host"
+            .into(),
+    })?;
+    Ok(path)
+}
+
+async fn listed(client: &Client, instance: &str) -> Result<Vec<podman_api::models::ListContainer>> {
+    let ours = ContainerListFilter::LabelKeyVal(INSTANCE_LABEL.into(), instance.into());
+    let options = ContainerListOpts::builder().all(true).filter([ours]).build();
+    let containers = client.containers();
+    let listed = within_crate("list", containers.list(&options)).await;
+    listed.map_err(|failure| at(failure, "list our containers"))
+}
+
+/// The secret that names our containers; a new one where there is none.
+async fn secret_of(client: &Client, instance: &str) -> Result<KeySecret> {
+    let containers = listed(client, instance).await?;
+    let secret = |container: &podman_api::models::ListContainer| {
+        KeySecret::from_hex(container.labels.as_ref()?.get(SECRET_LABEL)?)
+    };
+    Ok(containers.iter().find_map(secret).unwrap_or_else(KeySecret::random))
+}
+
+impl Inner {
+    async fn create(self: Arc<Self>, spec: SandboxSpec) -> Result<Sandbox> {
+        let name = self.names.unclaimed()?;
+        let program = container::program(self.supervisor, Mode::Park);
+        let made = self.begin(&name, &spec, program).await;
+        if made.is_err() {
+            // By the name, which we know even where the answer was lost.
+            let undone = self.remove(&SandboxId(name)).await;
+            undone.unwrap_or_else(|error| tracing::warn!(%error, "a container that did not start may be left"));
+        }
+        made
+    }
+
+    /// Attached first: nothing that it says can be lost then.
+    async fn begin(&self, name: &str, spec: &SandboxSpec, program: Vec<String>) -> Result<Sandbox> {
+        let user = self.settings.user.clone().unwrap_or_else(|| self.uids.next());
+        let profile = self.profile.to_string_lossy();
+        let mut request = container_request(spec, &self.settings, &self.secret, &user, &profile, program);
+        request["name"] = name.into();
+        // By hand: podman-api misspells no_new_privileges and log_configuration's driver, which Podman ignores.
+        let created = within("create", self.raw.call(Method::POST, "/containers/create", &request)).await;
+        let created = created.map_err(|failure| match &failure {
+            // 500 from Podman 4.3, 404 from 5.4.
+            Failure::Refused(Refusal { message, .. })
+                if message.contains("no such image") || message.contains("image not known") =>
+            {
+                container::image_missing(DRIVER, &self.settings.image, message)
+            }
+            _ => at(failure, "create a container"),
+        })?;
+        for warning in created["Warnings"].as_array().into_iter().flatten() {
+            tracing::debug!(%warning, "created with a warning");
+        }
+        let id = SandboxId(created["Id"].as_str().unwrap_or(name).to_owned());
+        let sandbox = self.attach(&id).await?;
+        let containers = self.client.containers();
+        let container = containers.get(&id.0);
+        let started = within_crate("start", container.start(None)).await;
+        started.map_err(|failure| at(failure, "start a container"))?;
+        Ok(sandbox)
+    }
+
+    /// By hand: podman-api looks at the container first, with its size, which takes 45 ms.
+    async fn attach(&self, id: &SandboxId) -> Result<Sandbox> {
+        let words = LastWords::default();
+        self.last_words().insert(id.clone(), words.clone());
+        let path = format!("/containers/{id}/attach?stream=true&stdin=true&stdout=true&stderr=true&logs=false");
+        let attached = within("attach", self.raw.stream(&path, &Value::Null, words)).await;
+        let stream = attached.map_err(|failure| of(failure, id, "attach to"))?;
+        Ok(Sandbox { id: id.clone(), stream })
+    }
+
+    /// A second supervisor, beside a PID 1 whose stdin conmon has closed.
+    async fn attach_beside(&self, id: &SandboxId) -> Result<Sandbox> {
+        let words = LastWords::default();
+        self.last_words().insert(id.clone(), words.clone());
+        let program = container::program(self.supervisor, Mode::Beside);
+        let request =
+            json!({"AttachStdin": true, "AttachStdout": true, "AttachStderr": true, "Tty": false, "Cmd": program});
+        let path = format!("/containers/{id}/exec");
+        let made = within("exec", self.raw.call(Method::POST, &path, &request)).await;
+        let made = made.map_err(|failure| of(failure, id, "exec in"))?;
+        let path = format!("/exec/{}/start", made["Id"].as_str().unwrap_or_default());
+        // By hand: podman-api's own decoder panics at a byte that it does not know.
+        let begin = json!({"Detach": false, "Tty": false});
+        let attached = within("start exec", self.raw.stream(&path, &begin, words)).await;
+        let stream = attached.map_err(|failure| of(failure, id, "exec in"))?;
+        Ok(Sandbox { id: id.clone(), stream })
+    }
+
+    /// Whether the operator's conmon keeps a container's stdin open (--leave-stdin-open): tried with a container
+    /// that ends when its stdin does.
+    async fn stdin_survives(&self) -> Result<bool> {
+        use tokio::io::{AsyncReadExt, AsyncWriteExt};
+        let spec = SandboxSpec::smallest();
+        let program = ["python3", "-I", "-S", "-c", STDIN_PROBE].map(str::to_owned).to_vec();
+        let name = self.names.unclaimed()?;
+        let tried = async {
+            let Sandbox { id, mut stream } = self.begin(&name, &spec, program).await?;
+            // An attach is acknowledged before it is wired: what comes back proves that it is.
+            let echo = async {
+                stream.write_all(b"x").await?;
+                stream.flush().await?;
+                stream.read_u8().await
+            };
+            let echoed = tokio::time::timeout(CALL_TIMEOUT, echo).await.unwrap_or_else(|late| Err(late.into()));
+            echoed.map_err(Error::failed("try whether a container's stdin stays open"))?;
+            drop(stream);
+            let path = format!("/containers/{id}/wait?condition=exited");
+            let wait = self.raw.call(Method::POST, &path, &Value::Null);
+            Ok(tokio::time::timeout(Duration::from_millis(EOF_WAIT_MS), wait).await.is_err())
+        }
+        .await;
+        self.remove(&SandboxId(name)).await?;
+        tried
+    }
+
+    async fn remove(&self, id: &SandboxId) -> Result<()> {
+        let containers = self.client.containers();
+        let container = containers.get(&id.0);
+        let options = ContainerDeleteOpts::builder().force(true).volumes(true).timeout(0).build();
+        match within_crate("remove", container.delete(&options)).await {
+            Ok(()) | Err(Failure::Refused(Refusal { status: StatusCode::NOT_FOUND, .. })) => {}
+            Err(failure) => return Err(of(failure, id, "remove")),
+        }
+        self.last_words().remove(id);
+        Ok(())
+    }
+
+    /// By hand: podman-api asks for the size, which takes 45 ms instead of 2.
+    async fn inspect(&self, id: &SandboxId) -> Result<Value> {
+        let path = format!("/containers/{id}/json?size=false");
+        let inspected = within("inspect", self.raw.call(Method::GET, &path, &Value::Null)).await;
+        inspected.map_err(|failure| of(failure, id, "inspect"))
+    }
+
+    fn last_words(&self) -> std::sync::MutexGuard<'_, HashMap<SandboxId, LastWords>> {
+        self.last_words.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The layers as the service tells of them; `real` is what it says of the first sandbox.
+    fn layers(&self, spec: &SandboxSpec, real: &Value) -> Vec<Layer> {
+        let (host, config) = (&self.host, &real["HostConfig"]);
+        let by = format!("control groups {}", host.cgroup_version);
+        let limit = |name, limit, controller: &str, real: bool, stand_in: &str| {
+            match host.enforces(controller) && real {
+                true => Layer::on(name, &by),
+                false => {
+                    let why = format!("{stand_in}: Podman has no {controller} controller here");
+                    Layer::unenforced(name, why, limit, CGROUPS)
+                }
+            }
+        };
+        let quota = (spec.cpus * 100_000.0) as u64;
+        let mut layers = vec![
+            limit(
+                "memory",
+                Limit::Memory,
+                "memory",
+                config["Memory"] == spec.memory_bytes && config["MemorySwap"] == spec.memory_bytes,
+                "RLIMIT_AS for each process alone",
+            ),
+            limit("cpus", Limit::Cpus, "cpu", config["CpuQuota"] == quota, "nothing"),
+        ];
+        layers.push(match (host.enforces("pids") && config["PidsLimit"] == spec.processes, &self.settings.user) {
+            (true, _) => Layer::on("processes", &by),
+            (false, None) => Layer::on("processes", "RLIMIT_NPROC of a uid of its own for each sandbox"),
+            (false, Some(_)) => {
+                let by = "RLIMIT_NPROC of the one user of all sandboxes";
+                Layer::unenforced("processes", by, Limit::Processes, CGROUPS)
+            }
+        });
+        layers.push(match &self.settings.user {
+            None => Layer::on("uids", "a uid of its own for each sandbox"),
+            Some(user) => Layer::unenforced(
+                "uids",
+                format!("podman.user gives every sandbox the user {user}"),
+                Limit::Uids,
+                "leave podman.user empty, or name uids in allow_unenforced",
+            ),
+        });
+        layers.push(match host.rootless {
+            true => Layer::on("user_namespace", "the one of rootless Podman, without rights outside"),
+            false => Layer::off("user_namespace", "the service runs as root", "a rootless service"),
+        });
+        layers.extend(self.claimed_layers(real));
+        layers
+    }
+
+    /// The layers that hold where the service says of a sandbox what it was asked for.
+    fn claimed_layers(&self, real: &Value) -> Vec<Layer> {
+        let config = &real["HostConfig"];
+        let layer = |name, holds: bool, by: &str| match holds {
+            true => Layer::on(name, by),
+            false => Layer::missing(name, "the service says that the sandbox does not have it"),
+        };
+        let options = |wanted: &str| {
+            config["SecurityOpt"].as_array().into_iter().flatten().any(|option| {
+                option.as_str().is_some_and(|option| option.contains(wanted))
+            })
+        };
+        let capabilities = real["EffectiveCaps"].as_array().is_none_or(Vec::is_empty)
+            && real["BoundingCaps"].as_array().is_none_or(Vec::is_empty);
+        let mounted = |place| !config["Tmpfs"][place].is_null() || real["Mounts"].to_string().contains(place);
+        vec![
+            layer("user", true, "not root"),
+            layer("capabilities", capabilities, "none, bounding set empty"),
+            layer("no_new_privileges", true, "no_new_privileges"),
+            layer("seccomp", !options("seccomp=unconfined"), "config/seccomp.json"),
+            layer("root_file_system", config["ReadonlyRootfs"] == true, "read-only"),
+            layer("workspace", mounted(WORKSPACE), "tmpfs with a size limit; memory bounds its inodes"),
+            layer("network", config["NetworkMode"] == "none", "a namespace with nothing but lo"),
+            layer("logs", config["LogConfig"]["Type"] == "none", "none are kept"),
+            layer("supervisor", true, "not dumpable"),
+        ]
+    }
+}
+
+#[async_trait]
+impl Runtime for Podman {
+    fn name(&self) -> &'static str {
+        DRIVER
+    }
+
+    fn secret(&self) -> KeySecret {
+        self.0.secret.clone()
+    }
+
+    async fn probe(&self, first: &SandboxId, spec: &SandboxSpec) -> Result<Engine> {
+        let real = self.0.inspect(first).await?;
+        Ok(Engine {
+            version: self.0.host.version.clone(),
+            rootless: self.0.host.rootless,
+            image: self.0.settings.image.clone(),
+            layers: self.0.layers(spec, &real),
+        })
+    }
+
+    async fn create(&self, spec: &SandboxSpec) -> Result<Sandbox> {
+        let (inner, undoing) = (self.0.clone(), self.0.clone());
+        detached(DRIVER, inner.create(spec.clone()), async move |id| {
+            let undone = undoing.remove(&id).await;
+            undone.unwrap_or_else(|error| tracing::warn!(%error, "a container that nobody wanted may be left"));
+        })
+        .await
+    }
+
+    async fn attach(&self, id: &SandboxId) -> Result<Sandbox> {
+        // To a container that has ended an attach succeeds, and is silent then.
+        if !matches!(self.fate(id).await?, Fate::Running { .. }) {
+            return Err(Error::Gone(id.clone()));
+        }
+        match self.0.stdin_survives.get_or_try_init(|| self.0.stdin_survives()).await? {
+            true => self.0.attach(id).await,
+            false => self.0.attach_beside(id).await,
+        }
+    }
+
+    async fn claim(&self, id: &SandboxId, owner: &SessionKey) -> Result<()> {
+        let name = self.0.names.claimed(owner, SystemTime::now());
+        let containers = self.0.client.containers();
+        let container = containers.get(&id.0);
+        let renamed = within_crate("rename", container.rename(name)).await;
+        renamed.map_err(|failure| of(failure, id, "claim"))
+    }
+
+    async fn list(&self) -> Result<Vec<Found>> {
+        let containers = listed(&self.0.client, &self.0.settings.instance).await?;
+        let found = containers.into_iter().filter_map(|container| {
+            let name = container.names.iter().flatten().next().map(String::as_str);
+            Some(self.0.names.found(container.id?, name))
+        });
+        Ok(found.collect())
+    }
+
+    async fn fate(&self, id: &SandboxId) -> Result<Fate> {
+        let container = match self.0.inspect(id).await {
+            Ok(container) => container,
+            Err(Error::Gone(_)) => return Ok(Fate::Gone),
+            Err(error) => return Err(error),
+        };
+        let state = &container["State"];
+        let limited = self.0.host.enforces("memory");
+        let code = state["ExitCode"].as_i64().unwrap_or(-1) as i32;
+        Ok(match state["Status"].as_str().unwrap_or_default() {
+            // Without a group nobody is killed for want of memory: a call for more fails. With one the
+            // supervisor sees it.
+            "running" | "created" | "configured" | "initialized" => {
+                Fate::Running { out_of_memory_kills: (!limited).then_some(0) }
+            }
+            "paused" => Fate::Paused,
+            "exited" | "stopped" if state["OOMKilled"] == true => Fate::OutOfMemory,
+            "exited" | "stopped" => {
+                let stderr = self.0.last_words().get(id).map(LastWords::to_string).unwrap_or_default();
+                Fate::Exited { code, stderr }
+            }
+            _ => Fate::Gone,
+        })
+    }
+
+    async fn remove(&self, id: &SandboxId) -> Result<()> {
+        self.0.remove(id).await
+    }
+}
+
+/// Every call has a deadline: a service may be stopped, and not only dead.
+async fn within<T>(
+    what: &'static str,
+    call: impl Future<Output = std::result::Result<T, Failure>>,
+) -> std::result::Result<T, Failure> {
+    let late = |_| Failure::Broken(std::io::Error::other(format!("no answer to \"{what}\" within {CALL_TIMEOUT:?}")));
+    tokio::time::timeout(CALL_TIMEOUT, call).await.map_err(late)?
+}
+
+/// The same for a call of podman-api's, whose errors become ours.
+async fn within_crate<T>(
+    what: &'static str,
+    call: impl Future<Output = podman_api::Result<T>>,
+) -> std::result::Result<T, Failure> {
+    use podman_api::Error as E;
+    use podman_api::conn::Error as ConnectionError;
+    let call = async {
+        call.await.map_err(|error| match error {
+            E::Fault { code, message } | E::Error(ConnectionError::Fault { code, message }) => {
+                let status = StatusCode::from_u16(code.as_u16()).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
+                Failure::Refused(Refusal { status, message })
+            }
+            other => Failure::Broken(std::io::Error::other(other)),
+        })
+    };
+    within(what, call).await
+}
+
+/// As an error of a call that is about the container `id`.
+fn of(failure: Failure, id: &SandboxId, what: &str) -> Error {
+    match failure {
+        Failure::Refused(Refusal { status: StatusCode::NOT_FOUND, .. }) => Error::Gone(id.clone()),
+        other => at(other, format!("{what} sandbox {id}")),
+    }
+}
+
+fn at(failure: Failure, what: impl Into<String>) -> Error {
+    match failure {
+        Failure::Refused(Refusal { message, .. }) if container::is_no_space(&message) => {
+            Error::NoSpace { driver: DRIVER, why: message }
+        }
+        Failure::Refused(Refusal { message, .. }) => Error::failed(what)(std::io::Error::other(message)),
+        Failure::Broken(error) => Error::Unavailable { driver: DRIVER, why: error.to_string() },
+    }
+}
+
+/// A name as one part of a path.
+fn encoded(name: &str) -> String {
+    percent_encoding::utf8_percent_encode(name, percent_encoding::NON_ALPHANUMERIC).to_string()
+}
