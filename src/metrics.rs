@@ -37,7 +37,7 @@ pub struct Metrics {
     pub claims: IntCounterVec,
     /// Seconds from asking the engine for a sandbox to its hello.
     pub create_seconds: Histogram,
-    /// Calls to the engine that failed, by operation.
+    /// Calls to the engine that failed, by operation and reason: `unavailable`, `no_space`, `late`, `silent`, …
     pub engine_errors: IntCounterVec,
     /// Sessions that exist.
     pub sessions: IntGauge,
@@ -45,6 +45,8 @@ pub struct Metrics {
     pub sessions_ended: IntCounterVec,
     /// Sandboxes lost with their files, by reason.
     pub lost: IntCounterVec,
+    /// Sandboxes of an earlier server, by what became of them: `kept`, `removed`.
+    pub recovered: IntCounterVec,
     /// 1 while new runs are taken.
     pub ready: Gauge,
 }
@@ -83,13 +85,21 @@ impl Metrics {
             ),
             create_seconds: make
                 .histogram("create_seconds", "Seconds from create to the supervisor's hello."),
-            engine_errors: make.counters("engine_errors_total", "Failed calls to the engine.", "operation"),
+            engine_errors: make.add(IntCounterVec::new(
+                Maker::options("engine_errors_total", "Failed calls to the engine."),
+                &["operation", "reason"],
+            )),
             sessions: make.gauge("sessions", "Sessions that exist."),
             sessions_ended: make.counters("sessions_ended_total", "Sessions ended, by reason.", "reason"),
             lost: make.counters(
                 "sandboxes_lost_total",
                 "Sandboxes lost with their files, by reason.",
                 "reason",
+            ),
+            recovered: make.counters(
+                "sandboxes_recovered_total",
+                "Sandboxes of an earlier server, by what became of them: kept or removed.",
+                "outcome",
             ),
             ready: make.float("ready", "1 while new runs are taken."),
             registry: registry.clone(),

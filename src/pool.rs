@@ -9,6 +9,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
 use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
+use tokio::task::JoinHandle;
 use tokio::time::Instant;
 
 use crate::metrics::{Counted, Metrics};
@@ -52,6 +53,18 @@ pub enum Error {
     /// As many sandboxes exist as may.
     #[error("as many sandboxes exist as may")]
     Full,
+}
+
+impl Error {
+    /// A word for it: a metric label.
+    fn reason(&self) -> &'static str {
+        match self {
+            Error::Runtime(error) => error.reason(),
+            Error::Supervisor(_) => "silent",
+            Error::Late(_) => "late",
+            Error::Full => "full",
+        }
+    }
 }
 
 /// The sandboxes of a server. A cheap handle; the last one to go stops the making of more.
@@ -99,10 +112,27 @@ struct Disposal {
 
 impl Drop for Disposal {
     fn drop(&mut self) {
-        let (Some(permit), Ok(tasks)) = (self.permit.take(), tokio::runtime::Handle::try_current()) else {
-            return; // the program ends, and its engine cleans up
+        let Ok(tasks) = tokio::runtime::Handle::try_current() else {
+            return; // the program ends; its engine cleans up, or the next server does
         };
-        tasks.spawn(remove(self.runtime.clone(), self.id.clone(), permit, self.metrics.clone()));
+        tasks.spawn(remove(self.runtime.clone(), self.id.clone(), self.permit.take(), self.metrics.clone()));
+    }
+}
+
+/// A claimed sandbox of an earlier server, which nobody has attached to yet. Dropping it has it removed.
+#[derive(Debug)]
+pub struct Kept {
+    since: Instant,
+    disposal: Disposal,
+    counted: Counted,
+}
+
+impl Kept {
+    /// Taken up again, now that somebody talks to it.
+    pub fn attached(self, supervisor: Supervisor) -> Claimed {
+        let Kept { since, disposal, counted } = self;
+        let held = Held { id: disposal.id.clone(), supervisor, _disposal: disposal };
+        Claimed { held, since, named: None, _counted: counted }
     }
 }
 
@@ -113,7 +143,24 @@ pub struct Claimed {
     pub held: Held,
     /// When the session got it.
     pub since: Instant,
+    /// The engine is being told whose it is, beside the first run.
+    named: Option<JoinHandle<runtime::Result<()>>>,
     _counted: Counted,
+}
+
+impl Claimed {
+    /// Waits until a later server would find whose it is.
+    ///
+    /// # Errors
+    /// Where the engine could not be told: nothing that is in it would outlive this server.
+    pub async fn is_named(&mut self) -> runtime::Result<()> {
+        match self.named.take() {
+            None => Ok(()),
+            Some(naming) => naming.await.unwrap_or_else(|panic| {
+                Err(runtime::Error::Failed { what: "claim".into(), source: std::io::Error::other(panic) })
+            }),
+        }
+    }
 }
 
 impl Pool {
@@ -157,11 +204,39 @@ impl Pool {
             None => (self.make().await?, "miss"),
         };
         self.0.metrics.claims.with_label_values(&[how]).inc();
-        if let Err(error) = self.0.runtime.claim(&held.id, owner).await {
-            self.0.failed("claim");
-            return Err(error.into());
-        }
-        Ok(Claimed { held, since: Instant::now(), _counted: self.0.counted("claimed") })
+        let (pool, id, owner) = (self.0.clone(), held.id.clone(), owner.clone());
+        let naming = async move {
+            let named = pool.runtime.claim(&id, &owner).await;
+            named.inspect_err(|error| pool.failed("claim", error.reason()))
+        };
+        let named = Some(tokio::spawn(naming));
+        Ok(Claimed { held, since: Instant::now(), named, _counted: self.0.counted("claimed") })
+    }
+
+    /// Takes over a sandbox of an earlier server, claimed at `since`; `None`, and it is removed, where as many
+    /// exist as may.
+    pub fn keep(&self, id: SandboxId, since: Instant) -> Option<Kept> {
+        let permit = self.0.capacity.clone().try_acquire_owned().ok();
+        let full = permit.is_none();
+        let disposal = self.0.disposal(id, permit);
+        (!full).then(|| Kept { since, disposal, counted: self.0.counted("claimed") })
+    }
+
+    /// Removes a sandbox of an earlier server: one that nobody claimed is given to nobody, since a crash may
+    /// have come between its use and the claim.
+    pub fn discard(&self, id: SandboxId) {
+        drop(self.0.disposal(id, self.0.capacity.clone().try_acquire_owned().ok()));
+    }
+
+    /// Talks to a kept sandbox again. May be dropped at any await, and tried again.
+    pub async fn attach(&self, kept: &Kept) -> Result<Supervisor, Error> {
+        let limit = self.0.settings.create_timeout;
+        let deadline = Instant::now() + limit;
+        let attached = tokio::time::timeout_at(deadline, self.0.runtime.attach(&kept.disposal.id)).await;
+        let attached = attached.map_err(|_| Error::Late(limit)).and_then(|attached| Ok(attached?));
+        let sandbox = attached.inspect_err(|error| self.0.failed("attach", error.reason()))?;
+        let (supervisor, _) = Supervisor::attach(sandbox.stream, &self.0.settings.caps, deadline).await?;
+        Ok(supervisor)
     }
 
     /// Removes all that waits and makes no more; what is claimed is its session's to give back.
@@ -212,8 +287,12 @@ impl Inner {
         Counted::new(self.metrics.sandboxes.with_label_values(&[state]))
     }
 
-    fn failed(&self, operation: &str) {
-        self.metrics.engine_errors.with_label_values(&[operation]).inc();
+    fn failed(&self, operation: &str, reason: &str) {
+        self.metrics.engine_errors.with_label_values(&[operation, reason]).inc();
+    }
+
+    fn disposal(&self, id: SandboxId, permit: Option<OwnedSemaphorePermit>) -> Disposal {
+        Disposal { runtime: self.runtime.clone(), id, permit, metrics: self.metrics.clone() }
     }
 
     fn keep(&self, held: Held) {
@@ -242,16 +321,15 @@ impl Inner {
         let limit = self.settings.create_timeout;
         let made = tokio::time::timeout(limit, self.runtime.create(&self.settings.spec)).await;
         let made = made.map_err(|_| Error::Late(limit)).and_then(|made| Ok(made?));
-        let sandbox = made.inspect_err(|_| self.failed("create"))?;
-        let (runtime, metrics) = (self.runtime.clone(), self.metrics.clone());
-        let disposal = Disposal { runtime, id: sandbox.id.clone(), permit: Some(permit), metrics };
+        let sandbox = made.inspect_err(|error| self.failed("create", error.reason()))?;
+        let disposal = self.disposal(sandbox.id.clone(), Some(permit));
         match Supervisor::attach(sandbox.stream, &self.settings.caps, begun + limit).await {
             Ok((supervisor, _)) => {
                 self.metrics.create_seconds.observe(begun.elapsed().as_secs_f64());
                 Ok(Held { id: sandbox.id, supervisor, _disposal: disposal })
             }
             Err(error) => {
-                self.failed("attach");
+                self.failed("attach", "silent");
                 let fate = self.runtime.fate(&sandbox.id).await;
                 tracing::warn!(sandbox = %sandbox.id, %error, ?fate, "a new sandbox did not come up");
                 Err(error.into())
@@ -289,16 +367,21 @@ async fn fill(pool: Weak<Inner>, wanted: Arc<Notify>) {
     }
 }
 
-async fn remove(runtime: SharedRuntime, id: SandboxId, permit: OwnedSemaphorePermit, metrics: Arc<Metrics>) {
+async fn remove(
+    runtime: SharedRuntime,
+    id: SandboxId,
+    permit: Option<OwnedSemaphorePermit>,
+    metrics: Arc<Metrics>,
+) {
     let _counted = Counted::new(metrics.sandboxes.with_label_values(&["removing"]));
     let mut pause = RETRY.0;
     loop {
-        let why = match tokio::time::timeout(REMOVE_TIMEOUT, runtime.remove(&id)).await {
+        let (reason, why) = match tokio::time::timeout(REMOVE_TIMEOUT, runtime.remove(&id)).await {
             Ok(Ok(())) => break,
-            Ok(Err(error)) => error.to_string(),
-            Err(_) => format!("no answer within {REMOVE_TIMEOUT:?}"),
+            Ok(Err(error)) => (error.reason(), error.to_string()),
+            Err(_) => ("late", format!("no answer within {REMOVE_TIMEOUT:?}")),
         };
-        metrics.engine_errors.with_label_values(&["remove"]).inc();
+        metrics.engine_errors.with_label_values(&["remove", reason]).inc();
         tracing::warn!(sandbox = %id, error = why, retry_in = ?pause, "cannot remove a sandbox");
         tokio::time::sleep(pause).await;
         pause = (pause * 2).min(RETRY.1);

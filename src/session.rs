@@ -17,8 +17,8 @@ use tokio::sync::{Notify, OwnedMutexGuard};
 use tokio::time::Instant;
 
 use crate::metrics::Metrics;
-use crate::pool::{self, Claimed, Pool};
-use crate::runtime::{self, Fate, KeySecret, SandboxId, SessionKey};
+use crate::pool::{self, Claimed, Kept, Pool};
+use crate::runtime::{self, Claim, Fate, Found, KeySecret, SandboxId, SessionKey};
 use crate::supervisor::{self, ErrorDetail, ErrorKind, Field, Outcome, Report, Run};
 
 /// The reaper looks at least that often, whatever it expects.
@@ -155,6 +155,8 @@ struct Glance {
 #[derive(Debug, Default)]
 struct Seat {
     claimed: Option<Claimed>,
+    /// Of an earlier server, until the first run attaches to it: then `claimed`.
+    kept: Option<Kept>,
     /// Of this sandbox, at the end of the last run that was killed.
     out_of_memory_kills: u64,
     /// The session is out of the table: whoever waited begins anew.
@@ -191,25 +193,64 @@ impl Sessions {
             }
         };
         let seated = Instant::now();
+        let mut lost = turn.take_up().await;
         if turn.seat().claimed.is_none() {
             turn.claim().await?;
         }
         let mut claimed = Instant::now();
         let mut answer = turn.supervisor().run(run).await;
-        let died_idle = matches!(answer, Err(supervisor::Error::NotBegun));
-        if died_idle {
+        if matches!(answer, Err(supervisor::Error::NotBegun)) {
             // Nothing of it was executed, so it may be, in a new sandbox; the files are gone all the same.
+            lost = true;
             turn.replace().await?;
             claimed = Instant::now();
             answer = turn.supervisor().run(run).await;
         }
         let timing = Timing { queue: seated - begun, claim: claimed - seated, run: claimed.elapsed() };
         let done = match answer {
-            Ok(report) => Done { lost: died_idle, ..turn.conclude(report, timing).await },
+            Ok(report) => Done { lost, ..turn.conclude(report, timing).await },
             Err(error) => turn.lose(error, timing).await,
         };
+        turn.is_named().await?;
         self.count(&done);
         Ok(done)
+    }
+
+    /// Takes up what an earlier server left behind: claimed sandboxes with their files, each for the session that
+    /// it belonged to. Removes the rest.
+    pub fn recover(&self, found: Vec<Found>) {
+        let mut claims = Vec::new();
+        for Found { id, claim } in found {
+            match claim {
+                Some(claim) => claims.push((claim, id)),
+                None => self.forsake(id),
+            }
+        }
+        // The latest first: of two with one owner, the earlier one was already on its way out.
+        claims.sort_by_key(|(claim, _)| std::cmp::Reverse(claim.at));
+        for (Claim { owner, at }, id) in claims {
+            let now = Instant::now();
+            let since = now.checked_sub(at.elapsed().unwrap_or_default()).unwrap_or(now);
+            let known = self.0.table().contains_key(&owner);
+            let full = self.0.table().len() >= self.0.settings.max;
+            let kept = if known || full { None } else { self.0.pool.keep(id.clone(), since) };
+            let Some(kept) = kept else {
+                self.forsake(id);
+                continue;
+            };
+            let session = Session::new(owner.clone());
+            session.glance().sandbox = Some((id, at, since));
+            session.seat.try_lock().expect("nobody else knows of it yet").kept = Some(kept);
+            self.0.table().insert(owner, Arc::new(session));
+            self.0.metrics.recovered.with_label_values(&["kept"]).inc();
+        }
+        self.0.metrics.sessions.set(self.0.table().len() as i64);
+        self.0.begun.notify_one();
+    }
+
+    fn forsake(&self, id: SandboxId) {
+        self.0.metrics.recovered.with_label_values(&["removed"]).inc();
+        self.0.pool.discard(id);
     }
 
     /// What there is to tell of a session; `None` where it has no sandbox.
@@ -397,7 +438,7 @@ impl Inner {
 
     fn close(&self, mut seat: OwnedMutexGuard<Seat>) {
         seat.closed = true;
-        seat.claimed = None; // and with it the sandbox
+        (seat.claimed, seat.kept) = (None, None); // and with them the sandbox
     }
 
     fn ended(&self, reason: &str) {
@@ -477,6 +518,38 @@ impl Turn {
         &mut self.seat().claimed.as_mut().expect("a sandbox was claimed before").held.supervisor
     }
 
+    /// Attaches to the sandbox that an earlier server left for this session, if it did. Gives whether that was
+    /// lost on the way.
+    async fn take_up(&mut self) -> bool {
+        let (sessions, session) = (self.place().sessions.clone(), self.place().session.clone());
+        let Some(kept) = &self.seat().kept else { return false };
+        let attached = sessions.0.pool.attach(kept).await; // it stays in its seat until that is done
+        let kept = self.seat().kept.take().expect("nobody else has the seat");
+        match attached {
+            Ok(supervisor) => {
+                self.seat().claimed = Some(kept.attached(supervisor));
+                false
+            }
+            Err(error) => {
+                tracing::warn!(session = %session.key, %error, "a sandbox of an earlier server was lost");
+                sessions.0.metrics.lost.with_label_values(&["not_recovered"]).inc();
+                session.glance().sandbox = None;
+                true
+            }
+        }
+    }
+
+    /// Before an answer: what it acknowledges has to be there after a restart, too.
+    async fn is_named(&mut self) -> Result<(), Error> {
+        let Some(claimed) = self.seat().claimed.as_mut() else { return Ok(()) };
+        let Err(error) = claimed.is_named().await else { return Ok(()) };
+        let session = self.place().session.clone();
+        tracing::warn!(session = %session.key, %error, "cannot claim a sandbox");
+        session.glance().sandbox = None;
+        self.seat().claimed = None; // and with it the sandbox
+        Err(Error::Unavailable(error.into()))
+    }
+
     async fn claim(&mut self) -> Result<(), Error> {
         let (sessions, session) = (self.place().sessions.clone(), self.place().session.clone());
         let claimed = sessions.0.pool.claim(&session.key).await?;
@@ -505,8 +578,9 @@ impl Turn {
         let (sessions, session) = (self.place().sessions.clone(), self.place().session.clone());
         let seat = self.seat.as_mut().expect("only drop takes the seat");
         let lifetime = sessions.0.settings.lifetime_max;
-        if seat.claimed.as_ref().is_some_and(|claimed| claimed.since.elapsed() >= lifetime) {
-            seat.claimed = None;
+        let since = session.glance().sandbox.as_ref().map(|(_, _, since)| *since);
+        if since.is_some_and(|since| since.elapsed() >= lifetime) {
+            (seat.claimed, seat.kept) = (None, None);
             session.glance().sandbox = None;
             self.place.as_ref().expect("only drop takes the place").leave(seat);
             sessions.0.ended("lifetime");
@@ -558,9 +632,14 @@ impl Turn {
             glance.sandbox = None;
             glance.deleted
         };
-        let detail = why_lost(&error, fate.as_ref().ok(), deleted);
-        tracing::warn!(session = %session.key, sandbox = %claimed.held.id, %error, ?fate, "a sandbox was lost");
-        sessions.0.metrics.lost.with_label_values(&[detail.kind.as_str()]).inc();
+        let reason = Loss::of(&error, &fate, deleted);
+        let name = if reason == Loss::OutOfMemory { "MemoryError" } else { "SandboxLost" };
+        let detail = ErrorDetail::new(reason.kind(), name, reason.text());
+        tracing::warn!(
+            session = %session.key, sandbox = %claimed.held.id, reason = reason.label(), %error, ?fate,
+            "a sandbox was lost"
+        );
+        sessions.0.metrics.lost.with_label_values(&[reason.label()]).inc();
         drop(claimed); // and with it the sandbox
         Done {
             outcome: Err(detail),
@@ -577,7 +656,12 @@ impl Turn {
 impl Drop for Turn {
     fn drop(&mut self) {
         let (Some(mut seat), Some(place)) = (self.seat.take(), self.place.take()) else { return };
-        let Some(claimed) = &seat.claimed else { return place.leave(&mut seat) };
+        let Some(claimed) = &seat.claimed else {
+            if seat.kept.is_none() {
+                place.leave(&mut seat);
+            } // else the client went away while the session's sandbox was being taken up: it is there as before
+            return;
+        };
         if claimed.held.supervisor.is_idle() {
             return;
         }
@@ -586,7 +670,7 @@ impl Drop for Turn {
             let Some(claimed) = seat.claimed.as_mut() else { return };
             if claimed.held.supervisor.cancel().await.is_err() {
                 let metrics = &place.sessions.0.metrics;
-                metrics.lost.with_label_values(&[ErrorKind::Cancelled.as_str()]).inc();
+                metrics.lost.with_label_values(&[Loss::Unresponsive.label()]).inc();
                 place.session.glance().sandbox = None;
                 seat.claimed = None; // and with it the sandbox
                 place.leave(&mut seat);
@@ -596,21 +680,77 @@ impl Drop for Turn {
     }
 }
 
-fn why_lost(error: &supervisor::Error, fate: Option<&Fate>, deleted: bool) -> ErrorDetail {
-    use supervisor::Error as E;
-    match (error, fate) {
-        _ if deleted => ErrorDetail::new(ErrorKind::Cancelled, "SandboxLost", "the session was deleted"),
-        (_, Some(Fate::OutOfMemory)) => {
-            ErrorDetail::new(ErrorKind::OutOfMemory, "MemoryError", "the sandbox ran out of memory")
+/// Why a session's sandbox is of no more use.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Loss {
+    Deleted,
+    OutOfMemory,
+    Paused,
+    Gone,
+    EngineGone,
+    Killed,
+    Unresponsive,
+    Violation,
+    Died,
+}
+
+/// The exit status of a PID 1 that SIGKILL ended.
+const KILLED: i32 = 128 + 9;
+
+impl Loss {
+    /// What the engine saw counts more than what the conversation looked like.
+    fn of(error: &supervisor::Error, fate: &runtime::Result<Fate>, deleted: bool) -> Loss {
+        use supervisor::Error as E;
+        match (error, fate) {
+            _ if deleted => Loss::Deleted,
+            (_, Ok(Fate::OutOfMemory)) => Loss::OutOfMemory,
+            (_, Ok(Fate::Paused)) => Loss::Paused,
+            (E::Violation(_), _) => Loss::Violation,
+            (_, Ok(Fate::Gone)) => Loss::Gone,
+            (_, Err(runtime::Error::Unavailable { .. })) => Loss::EngineGone,
+            (_, Ok(Fate::Exited { code: KILLED, .. })) => Loss::Killed,
+            (E::Unresponsive, _) => Loss::Unresponsive,
+            (E::Ended | E::NotBegun | E::Layer(_), _) => Loss::Died,
         }
-        (E::Unresponsive, _) => {
-            ErrorDetail::new(ErrorKind::Timeout, "SandboxLost", "the sandbox did not answer in time")
+    }
+
+    /// As in `error_detail.kind`.
+    fn kind(self) -> ErrorKind {
+        match self {
+            Loss::Deleted => ErrorKind::Cancelled,
+            Loss::OutOfMemory => ErrorKind::OutOfMemory,
+            Loss::Paused | Loss::Unresponsive => ErrorKind::Timeout,
+            Loss::Gone | Loss::EngineGone | Loss::Killed | Loss::Violation | Loss::Died => ErrorKind::Crashed,
         }
-        (E::Violation(_), _) => {
-            ErrorDetail::new(ErrorKind::Crashed, "SandboxLost", "the sandbox broke its protocol")
+    }
+
+    /// For a person.
+    fn text(self) -> &'static str {
+        match self {
+            Loss::Deleted => "the session was deleted",
+            Loss::OutOfMemory => "the sandbox ran out of memory",
+            Loss::Paused => "the sandbox is paused",
+            Loss::Gone => "the sandbox is gone",
+            Loss::EngineGone => "the engine does not answer",
+            Loss::Killed => "the sandbox was killed from outside",
+            Loss::Unresponsive => "the sandbox did not answer in time",
+            Loss::Violation => "the sandbox broke its protocol",
+            Loss::Died => "the sandbox died",
         }
-        (E::Ended | E::NotBegun | E::Layer(_), _) => {
-            ErrorDetail::new(ErrorKind::Crashed, "SandboxLost", "the sandbox died")
+    }
+
+    /// A metric label.
+    fn label(self) -> &'static str {
+        match self {
+            Loss::Deleted => "deleted",
+            Loss::OutOfMemory => "out_of_memory",
+            Loss::Paused => "paused",
+            Loss::Gone => "gone",
+            Loss::EngineGone => "engine_gone",
+            Loss::Killed => "killed",
+            Loss::Unresponsive => "unresponsive",
+            Loss::Violation => "violation",
+            Loss::Died => "died",
         }
     }
 }

@@ -235,11 +235,17 @@ TOML
 # shellcheck disable=SC2016  # the inner shell fills it in
 own_shm=(unshare --mount sh -ec 'mount --bind "$HOME/shm" /dev/shm; exec "$@"' own_shm)
 as_user=(setpriv --reuid "$user" --regid "$user" --init-groups --)
-serve=(podman system service -t 0)
+
+# Of `runroot` the configuration file alone does not convince it.
+serve() { # ENGINE WRAPPER...
+    local engine=$1
+    shift
+    detached "$engine" "$@" "${as_user[@]}" podman --runroot "$dir/$engine/rr" system service -t 0 "unix://$(socket "$engine")"
+}
 
 start_podman() {
     configure_podman podman
-    detached podman "${own_shm[@]}" "${as_user[@]}" "${serve[@]}" "unix://$(socket podman)"
+    serve podman "${own_shm[@]}"
 }
 
 start_podman-stdin() {
@@ -247,7 +253,7 @@ start_podman-stdin() {
     printf '#!/bin/sh\nexec conmon --leave-stdin-open "$@"\n' >"$dir/podman-stdin/conmon"
     chmod 755 "$dir/podman-stdin/conmon"
     echo "conmon_path = [\"$dir/podman-stdin/conmon\"]" >>"$dir/podman-stdin/containers.conf"
-    detached podman-stdin "${own_shm[@]}" "${as_user[@]}" "${serve[@]}" "unix://$(socket podman-stdin)"
+    serve podman-stdin "${own_shm[@]}"
 }
 
 # Debian 13's root file system becomes the root, in a mount namespace that ends with its last process. A chroot would
@@ -271,7 +277,7 @@ in_trixie=(unshare --mount sh -ec '
 start_podman5() {
     [ -e "$(trixie_root)" ] || step "root of Debian 13 made" make_trixie
     configure_podman podman5
-    detached podman5 "${in_trixie[@]}" "$(trixie_root)" "$dir" "${as_user[@]}" "${serve[@]}" "unix://$(socket podman5)"
+    serve podman5 "${in_trixie[@]}" "$(trixie_root)" "$dir"
 }
 
 start_docker26() {
@@ -424,7 +430,7 @@ remove_groups() {
 down() {
     local engine running=()
     for engine in "${all_engines[@]}"; do
-        [ ! -d "$dir/$engine" ] || running+=("$engine")
+        [ ! -e "$dir/$engine/pid" ] || running+=("$engine")
     done
     together "${running[@]/#/stop_step }"
     remove_groups
@@ -442,14 +448,12 @@ purge() {
 
 # One at a time changes what is up.
 lock() {
-    exec 9>"$dir/lock"
     flock -n 9 || { say "waiting for another $0"; flock 9; }
 }
 
 child=
 run() { # COMMAND...
     local variables
-    exec 8>"$dir/users"
     flock -s 8
     trap leave EXIT
     trap 'interrupted INT 130' INT
@@ -467,19 +471,22 @@ run() { # COMMAND...
 }
 
 interrupted() { # SIGNAL STATUS
+    local jobs
     trap '' INT TERM HUP
     if [ -n "$child" ]; then
         kill -s "$1" -- "-$child" 2>/dev/null || true
         gone 10 kill -0 -- "-$child" || kill -KILL -- "-$child"
     else
-        jobs -p | descendants | xargs -r kill 2>/dev/null || true
-        wait
+        jobs=$(jobs -p | descendants)
+        # shellcheck disable=SC2086  # one word each
+        [ -z "$jobs" ] || { kill $jobs && gone 10 kill -0 $jobs; } 2>/dev/null || true
     fi
     exit "$2"
 }
 
 # The last one out, unless the engines are to stay.
 leave() {
+    trap '' INT TERM HUP
     lock
     [ -e "$dir/keep" ] || ! flock -n 8 || down
 }
@@ -521,6 +528,7 @@ esac
 [[ $dir =~ ^[A-Za-z0-9/._-]+$ ]] || { say "ENGINES_DIR may have letters, digits, / . _ and - only"; exit 1; }
 [ ${#dir} -le 34 ] || { say "ENGINES_DIR is longer than 34 characters"; exit 1; }
 [ -d "$dir" ] || install -d -m 755 "$dir"
+exec 8>"$dir/users" 9>"$dir/lock"
 
 case $verb in
     up)

@@ -9,8 +9,9 @@ use crate::probe::probe;
 use crate::runtime::LayerState;
 
 /// Exit status 1 where a server would not start with this configuration.
-pub(super) async fn doctor(config: Config) -> Result<ExitCode, Failure> {
+pub(super) async fn doctor(mut config: Config) -> Result<ExitCode, Failure> {
     println!("driver: {}", config.driver.name());
+    config.instance += "-run"; // a server of this instance is not to take our sandbox for its own
     let runtime = start_runtime(&config).await?;
     let findings = probe(&runtime, &spec(&config), &caps(&config, &[]), config.limits.create_timeout).await?;
     let engine = &findings.engine;

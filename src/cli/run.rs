@@ -32,10 +32,11 @@ pub(super) struct Arguments {
 
 /// Prints stdout and stderr where they belong, then the result as JSON where there is one. Exit status 1
 /// where the program failed.
-pub(super) async fn run(config: Config, arguments: Arguments) -> Result<ExitCode, Failure> {
+pub(super) async fn run(mut config: Config, arguments: Arguments) -> Result<ExitCode, Failure> {
     let Arguments { file, data, timeout } = arguments;
     let code = read(&file)?;
     crate::server::check_data(&data).map_err(|error| format!("--data: {error}"))?;
+    config.instance += "-run"; // a server of this instance is not to take our sandbox for its own
     let runtime = start_runtime(&config).await?;
     let (_, unenforced) = prove(&runtime, &config).await?;
     for limit in &unenforced {

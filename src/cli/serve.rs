@@ -29,8 +29,10 @@ pub(super) async fn serve(config: Config) -> Result<ExitCode, Failure> {
     let runtime = start_runtime(&config).await?;
     let (findings, unenforced) = prove(&runtime, &config).await?;
     let metrics = Arc::new(Metrics::new());
+    let left = runtime.list().await?; // by an earlier server: before there is a pool, whose own would be among them
     let pool = Pool::new(runtime, pool_settings(&config, caps(&config, &unenforced)), metrics.clone());
     let sessions = Sessions::new(pool, session_settings(&config), metrics.clone());
+    sessions.recover(left);
     let settings = server_settings(&config, &findings);
     let server = Server::bind(
         config.listen,

@@ -349,7 +349,7 @@ fn a_run_whose_sandbox_dies_says_so_and_the_next_begins_anew() {
     assert_eq!(answer["workspace_files"], json!(["total 0"]));
     let next = server.run("u", "import os\nresult = os.listdir()");
     assert_eq!((&next["result"], next.get("session")), (&json!([]), None), "{next}");
-    assert_eq!(server.metric("codesandbox_sandboxes_lost_total{reason=\"crashed\"}"), 1.0);
+    assert_eq!(server.metric("codesandbox_sandboxes_lost_total{reason=\"killed\"}"), 1.0);
     eventually("the dead one is removed", || claimed(&server) == 1.0 && supervisors(&server).len() == 1);
 }
 
