@@ -51,10 +51,10 @@ class Floor:
 
 
 class Server:
-    def __init__(self, *flags):
+    def __init__(self, *flags, prefix=()):
         allow = [] if os.geteuid() == 0 else ["--allow-unenforced", "memory,cpus,uids"]
         self.process = subprocess.Popen(
-            [PROGRAM, "--listen", "127.0.0.1:0", *allow, *flags], stderr=subprocess.PIPE, text=True
+            [*prefix, PROGRAM, "--listen", "127.0.0.1:0", *allow, *flags], stderr=subprocess.PIPE, text=True
         )
         for line in self.process.stderr:
             found = re.search(r"listening on http://([\d.]+):(\d+)", line)
@@ -260,4 +260,5 @@ def main():
         live(arguments.live)
 
 
-main()
+if __name__ == "__main__":
+    main()

@@ -474,7 +474,7 @@ interrupted() { # SIGNAL STATUS
     local jobs
     trap '' INT TERM HUP
     if [ -n "$child" ]; then
-        kill -s "$1" -- "-$child" 2>/dev/null || true
+        kill -s "$1" -- "-$child" 2>/dev/null || kill "$child" 2>/dev/null || true
         gone 10 kill -0 -- "-$child" || kill -KILL -- "-$child"
     else
         jobs=$(jobs -p | descendants)
