@@ -361,7 +361,11 @@ impl Layers {
         }
         let tls = [&config.docker.tls_ca, &config.docker.tls_cert, &config.docker.tls_key];
         let given = tls.iter().filter(|path| !path.as_os_str().is_empty()).count();
-        need(given == 0 || given == 3, "docker.tls_ca", "needs tls_cert and tls_key beside it, or none of them")?;
+        need(
+            given == 0 || given == 3,
+            "docker.tls_ca",
+            "needs tls_cert and tls_key beside it, or none of them",
+        )?;
         need(
             limits.timeout <= limits.timeout_max,
             "limits.timeout",

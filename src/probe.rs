@@ -63,7 +63,9 @@ pub async fn probe(
     let fate = runtime.fate(&id).await;
     let removed = runtime.remove(&id).await;
     let findings = looked.map_err(|error| match (error, fate) {
-        (Error::Supervisor { source, .. }, Ok(runtime::Fate::Exited { stderr, .. })) if !stderr.is_empty() => {
+        (Error::Supervisor { source, .. }, Ok(runtime::Fate::Exited { stderr, .. }))
+            if !stderr.is_empty() =>
+        {
             Error::Supervisor { source, said: format!("; it said: {stderr}") }
         }
         (error, _) => error,

@@ -347,7 +347,8 @@ impl Sessions {
     }
 
     fn key(&self, Owner { tenant, user_id }: Owner<'_>) -> SessionKey {
-        let mut hash = Hmac::<Sha256>::new_from_slice(&self.0.secret.0).expect("HMAC takes keys of any length");
+        let mut hash =
+            Hmac::<Sha256>::new_from_slice(&self.0.secret.0).expect("HMAC takes keys of any length");
         hash.update(&(tenant.len() as u64).to_be_bytes());
         hash.update(tenant.as_bytes());
         hash.update(user_id.as_bytes());

@@ -47,7 +47,7 @@ say() { echo "engines: $*" >&2; }
 step() { # NAME FUNCTION [ARGUMENT...]
     local name=$1 began=${EPOCHREALTIME/[^0-9]/} took
     shift
-    "$@"
+    "$@" || return
     took=$(((${EPOCHREALTIME/[^0-9]/} - began) / 1000))
     printf 'engines: %3d.%02d s  %s\n' $((took / 1000)) $((took % 1000 / 10)) "$name" >&2
 }
@@ -83,10 +83,10 @@ debootstrap() { # NAME SUITE TARGET OPTION...: from the mirror, or from where De
         TMPDIR=$dir/tmp mmdebstrap --variant=extract ${proxy:+--aptopt="Acquire::http::Proxy \"$proxy\""} \
             --setup-hook='mkdir -p "$1/usr/bin" "$1/usr/sbin" "$1/usr/lib" "$1/usr/lib64" "$1/tmp"; chmod 1777 "$1/tmp"
                 for name in bin sbin lib lib64; do ln -s usr/$name "$1/$name"; done' \
-            "$@" "$suite" "$target" "$from" >>"$dir/log/$name" 2>&1 && return
+            "$@" "$suite" "$target" "$from" >"$dir/log/$name" 2>&1 8>&- 9>&- && return
         rm -rf "$target"
+        say "$suite from $from: $(grep '^E: ' "$dir/log/$name" | head -n 3)"
     done
-    tail -n 15 "$dir/log/$name" >&2
     return 1
 }
 
@@ -133,7 +133,7 @@ make_images() {
     for python in "${pythons[@]}"; do
         [ -e "$(python_file "$python")" ] || missing+=("$python")
     done
-    [ ${#missing[@]} = 0 ] || say "NOT MADE: ${missing[*]} (is it on the mirror? see $dir/log); the tests go without"
+    [ ${#missing[@]} = 0 ] || say "NOT MADE: ${missing[*]} (is it on the mirror?); the tests go without"
     [ -e "$(python_file "${pythons[0]}")" ]
 }
 
@@ -181,6 +181,7 @@ detached() { # ENGINE COMMAND...
 }
 
 # No network of its own, so that it leaves the machine's firewall alone; a file of its own, so that it reads no other.
+# What it makes elsewhere all the same: /etc/docker/key.json and empty directories in /run/docker and /run/containerd.
 configure_docker() { # ENGINE
     local home=$dir/$1
     mkdir -p "$home/tmp" "$home/run"
@@ -204,8 +205,14 @@ start_docker() {
     detached docker dockerd --config-file "$dir/docker/daemon.json"
 }
 
+at_most() { # ULIMIT-OPTION NUMBER
+    local hard
+    hard=$(ulimit "-H$1")
+    if [ "$hard" = unlimited ] || [ "$hard" -ge "$2" ]; then echo "$2"; else echo "$hard"; fi
+}
+
 configure_podman() { # ENGINE
-    local home=$dir/$1 files
+    local home=$dir/$1
     install -d -o "$user" -g "$user" -m 755 "$home" "$home/tmp"
     install -d -o "$user" -g "$user" -m 700 "$home/run" "$home/rr" "$home/shm"
     # "vfs", the default in places, takes seconds to create a container.
@@ -216,13 +223,11 @@ graphroot = "$home/store"
 rootless_storage_path = "$home/store"
 runroot = "$home/rr"
 TOML
-    # Podman's own default may be above what an ordinary user can have; crun refuses a machine that has both versions
-    # of control groups; cgroups and events as on a machine without systemd.
-    files=$(ulimit -Hn)
-    { [ "$files" != unlimited ] && [ "$files" -lt 20000 ]; } || files=20000
+    # Podman's own limits may be above what an ordinary user can have; crun refuses a machine that has both versions of
+    # control groups; the other two are for a machine without systemd.
     cat >"$home/containers.conf" <<TOML
 [containers]
-default_ulimits = ["nofile=1024:$files", "nproc=4096:4096"]
+default_ulimits = ["nofile=1024:$(at_most n 20000)", "nproc=$(at_most u 4096):$(at_most u 4096)"]
 log_driver = "k8s-file"
 [engine]
 runtime = "runc"
@@ -292,8 +297,13 @@ in_engine() { # ENGINE PYTHON:SUITE: whether it has this very image
     api "$1" "/images/$image:${2%:*}/json" 2>/dev/null | grep -q "\"Comment\":\"$(python_key "$2")\""
 }
 
+image_id() { # ENGINE NAME
+    { api "$1" "/images/$2/json" 2>/dev/null || true; } |
+        sed -n 's/^[^"]*"Id":"\([^"]*\)".*/\1/p'
+}
+
 import() { # ENGINE: the images that it lacks
-    local python file name key path
+    local python file name key path before
     for python in "${pythons[@]}"; do
         file=$(python_file "$python") name=$image:${python%:*} key=$(python_key "$python")
         if [ ! -e "$file" ] || in_engine "$1" "$python"; then continue; fi
@@ -301,9 +311,10 @@ import() { # ENGINE: the images that it lacks
             docker*) path="/images/create?fromSrc=-&repo=${name%:*}&tag=${name##*:}&message=$key" ;;
             podman*) path="/v4.0.0/libpod/images/import?reference=$name&message=$key" ;;
         esac
+        before=$(image_id "$1" "$name")
         api "$1" "$path" -X POST -H 'Content-Type: application/x-tar' -T "$file" >>"$dir/$1/log" || return 1
         in_engine "$1" "$python" || { say "$1 did not take the image $name"; return 1; }
-        api "$1" /images/prune -X POST >>"$dir/$1/log" # what had the name before
+        [ -z "$before" ] || api "$1" "/images/$before" -X DELETE >>"$dir/$1/log" 2>&1 || true # it may be in use
     done
 }
 
@@ -371,16 +382,22 @@ descendants() { # reads process ids, writes them and all below
         }'
 }
 
+# Is it one of ours, and of this very directory: something else may have one of the same name. Unlike `kill -0` it says
+# no to zombies and to whoever has the number by now.
+belongs() { # ENGINE PID
+    grep -qszFx "XDG_RUNTIME_DIR=$dir/$1/run" "/proc/$2/environ" && [ "/proc/$2/root$dir" -ef "$dir" ]
+}
+
 # What an engine starts may outlive it, as shims, conmon and Podman's pause process do. All of it has the engine's
 # environment, but for what runs in a container, whose parent has it.
 family() { # ENGINE
-    { grep -lszFx "XDG_RUNTIME_DIR=$dir/$1/run" /proc/[0-9]*/environ || true; } | cut -d/ -f3 | descendants
+    local pid
+    { grep -lszFx "XDG_RUNTIME_DIR=$dir/$1/run" /proc/[0-9]*/environ || true; } | while IFS=/ read -r _ _ pid _; do
+        ! belongs "$1" "$pid" || echo "$pid"
+    done | descendants
 }
 
 is_left() { [ -n "$(family "$1")" ]; } # ENGINE
-
-# Not kill -0, which a zombie satisfies, too, nor any process that has the number by now.
-belongs() { grep -qszFx "XDG_RUNTIME_DIR=$dir/$1/run" "/proc/$2/environ"; } # ENGINE PID
 
 gone() { # SECONDS COMMAND...: waits until COMMAND fails
     local end=$((SECONDS + $1))
@@ -410,7 +427,9 @@ stop() { # ENGINE
         kill "$pid"
         gone 15 belongs "$1" "$pid" || say "$1 does not end by itself"
     fi
-    family "$1" | xargs -r kill -KILL 2>/dev/null || true
+    for pid in $(family "$1"); do
+        kill -KILL "$pid" 2>/dev/null || true
+    done
     gone 5 is_left "$1" || say "$1 leaves processes behind: $(family "$1" | xargs)"
     while read -r below; do
         umount "$below" || umount -l "$below"

@@ -2,8 +2,8 @@
 
 use std::process::ExitCode;
 
-use super::{Failure, caps, spec};
 use super::engine::start_runtime;
+use super::{Failure, caps, spec};
 use crate::config::Config;
 use crate::probe::probe;
 use crate::runtime::LayerState;

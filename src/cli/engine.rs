@@ -98,7 +98,9 @@ fn docker_tls(config: &Config, url: &str) -> Result<Option<Tls>, Failure> {
         }
         None => return Ok(None),
     };
-    for (key, file) in [("docker.tls_ca", &tls.ca), ("docker.tls_cert", &tls.cert), ("docker.tls_key", &tls.key)] {
+    for (key, file) in
+        [("docker.tls_ca", &tls.ca), ("docker.tls_cert", &tls.cert), ("docker.tls_key", &tls.key)]
+    {
         std::fs::File::open(file).map_err(|error| format!("{key}: {}: {error}", file.display()))?;
     }
     Ok(Some(tls))

@@ -6,9 +6,9 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
 
+use super::engine::start_runtime;
 use super::serve::prove;
 use super::{Failure, caps, pool_settings, session_settings};
-use super::engine::start_runtime;
 use crate::config::Config;
 use crate::metrics::Metrics;
 use crate::pool::Pool;

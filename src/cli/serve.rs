@@ -6,8 +6,8 @@ use std::sync::Arc;
 use serde_json::json;
 use tokio::signal::unix::{SignalKind, signal};
 
-use super::{Failure, caps, pool_settings, session_settings, spec};
 use super::engine::start_runtime;
+use super::{Failure, caps, pool_settings, session_settings, spec};
 use crate::config::{AuthMode, Config, LogFormat};
 use crate::metrics::Metrics;
 use crate::pool::Pool;

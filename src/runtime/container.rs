@@ -9,7 +9,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use bytes::Bytes;
 use futures_util::{Stream, StreamExt};
-use tokio::io::AsyncWrite;
+use tokio::io::{AsyncReadExt, AsyncWrite};
 use tokio_util::io::StreamReader;
 
 use super::{Claim, Duplex, Error, Found, KeySecret, Result, SandboxId, SandboxSpec, SessionKey};
@@ -52,6 +52,8 @@ pub(super) const SYSCTLS: [(&str, &str); 2] =
 /// memory limit of ours, so they are small.
 const RESOURCES: [(&str, u64); 3] = [("core", 0), ("memlock", 64 * 1024), ("msgqueue", 0)];
 
+/// Some hundred times what it takes.
+const COMPILE_TIMEOUT: Duration = Duration::from_secs(10);
 /// What is kept of a dead supervisor's stderr.
 const STDERR_BYTES: usize = 4096;
 
@@ -86,13 +88,68 @@ pub enum Pull {
     Never,
 }
 
-/// What runs in a container: the supervisor, as source, so that any image with a `python3` serves.
-pub(super) fn program(supervisor: &str, mode: Mode) -> Vec<String> {
-    let mode = match mode {
-        Mode::Park => "park",
-        Mode::Beside => "beside",
-    };
-    ["python3", "-I", "-S", "-c", supervisor, mode].map(str::to_owned).to_vec()
+/// What runs in a container: the supervisor, passed as an argument, so that any image with a `python3` serves.
+#[derive(Debug)]
+pub(super) struct Program {
+    source: &'static str,
+    /// As the image's own Python compiled it, in base64: compiling takes 11 ms, which is a tenth of a start.
+    compiled: String,
+}
+
+/// Prints its argument as Python's own cached form, after the number that tells whose it is.
+const COMPILER: &str = "import sys, marshal, binascii; \
+    magic = sys.modules['_frozen_importlib_external'].MAGIC_NUMBER; \
+    code = compile(sys.argv[1], '<supervisor>', 'exec', optimize=2); \
+    print(binascii.b2a_base64(magic + marshal.dumps(code), newline=False).decode())";
+/// Runs what `COMPILER` printed, or the source where an image was replaced by one with another Python.
+const LOADER: &str = "import sys, marshal, binascii; \
+    magic = sys.modules['_frozen_importlib_external'].MAGIC_NUMBER; \
+    code = binascii.a2b_base64(sys.argv[2]); \
+    code = marshal.loads(memoryview(code)[len(magic):]) if code.startswith(magic) else sys.argv[3]; \
+    exec(code)";
+/// A guess: the compiled supervisor is about 90 KiB in base64. Linux takes no argument of more than 128 KiB.
+const COMPILED_BYTES: u64 = 120 << 10;
+
+impl Program {
+    /// Before anything was compiled.
+    pub(super) fn new(source: &'static str) -> Program {
+        Program { source, compiled: String::new() }
+    }
+
+    /// The command line of a container whose output `compiled` takes.
+    pub(super) fn compiler(&self) -> Vec<String> {
+        ["python3", "-I", "-S", "-c", COMPILER, self.source].map(str::to_owned).to_vec()
+    }
+
+    /// What the compiler's container said.
+    pub(super) async fn compiled(
+        source: &'static str,
+        stream: Duplex,
+        words: impl Fn() -> String,
+    ) -> Result<Program> {
+        let mut compiled = String::new();
+        let mut stream = stream.take(COMPILED_BYTES);
+        let read = tokio::time::timeout(COMPILE_TIMEOUT, stream.read_to_string(&mut compiled)).await;
+        let whole = matches!(read, Ok(Ok(_))) && compiled.ends_with('\n');
+        if !whole {
+            return Err(Error::Unusable {
+                what: "compile the supervisor with the image's python3".into(),
+                why: format!("it said: {} {}", compiled.trim(), words()).trim().to_owned(),
+                remedy: "set image to one with a python3 from 3.8 to 3.14".into(),
+            });
+        }
+        Ok(Program { source, compiled: compiled.trim().to_owned() })
+    }
+
+    /// The command line of a supervisor.
+    pub(super) fn supervisor(&self, mode: Mode) -> Vec<String> {
+        let mode = match mode {
+            Mode::Park => "park",
+            Mode::Beside => "beside",
+        };
+        let command = ["python3", "-I", "-S", "-c", LOADER, mode, &self.compiled, self.source];
+        command.map(str::to_owned).to_vec()
+    }
 }
 
 /// See supervisor.py.
@@ -117,7 +174,8 @@ pub(super) fn resources(spec: &SandboxSpec) -> impl Iterator<Item = (&'static st
 }
 
 /// The names of this instance's containers: unclaimed, `codesandbox-INSTANCE-new-RANDOM`; claimed,
-/// `codesandbox-INSTANCE-KEY-TIME`, with the session's key and the milliseconds of the claim in hex.
+/// `codesandbox-INSTANCE-KEY-TIME`, with the session's key and the milliseconds of the claim in hex; and
+/// `codesandbox-INSTANCE-helper-RANDOM` for those that a driver makes for itself.
 ///
 /// The time keeps apart a session's new sandbox and its last one, which may still be on its way out.
 #[derive(Debug, Clone)]
@@ -130,11 +188,24 @@ impl Names {
 
     /// For a container that nobody has claimed.
     pub(super) fn unclaimed(&self) -> Result<String> {
+        self.random("new")
+    }
+
+    /// For one that is no sandbox, and lives for one call.
+    pub(super) fn helper(&self) -> Result<String> {
+        self.random("helper")
+    }
+
+    pub(super) fn is_helper(&self, name: &str) -> bool {
+        name.trim_start_matches('/').strip_prefix(&self.0).is_some_and(|rest| rest.starts_with("helper-"))
+    }
+
+    fn random(&self, what: &str) -> Result<String> {
         let random = getrandom::u64().map_err(|error| Error::Failed {
             what: "name a new sandbox".into(),
             source: io::Error::other(error),
         })?;
-        Ok(format!("{}new-{random:016x}", self.0))
+        Ok(format!("{}{what}-{random:016x}", self.0))
     }
 
     /// For one that `owner` claims now.
@@ -151,9 +222,10 @@ impl Names {
         Some(Claim { owner: SessionKey(owner.to_owned()), at: UNIX_EPOCH + Duration::from_millis(at) })
     }
 
-    /// A container as `Runtime::list` gives it.
-    pub(super) fn found(&self, id: String, name: Option<&str>) -> Found {
-        Found { id: SandboxId(id), claim: name.and_then(|name| self.claim_of(name)) }
+    /// A container as `Runtime::list` gives it; `None` for a helper.
+    pub(super) fn found(&self, id: String, name: Option<&str>) -> Option<Found> {
+        let helper = name.is_some_and(|name| self.is_helper(name));
+        (!helper).then(|| Found { id: SandboxId(id), claim: name.and_then(|name| self.claim_of(name)) })
     }
 }
 
@@ -263,6 +335,8 @@ mod tests {
         assert_eq!(names.claim_of(&claimed), Some(Claim { owner: owner.clone(), at }));
         assert_eq!(names.claim_of(&format!("/{claimed}")), Some(Claim { owner, at }), "as Docker lists it");
         assert_eq!(names.claim_of(&names.unclaimed().unwrap()), None);
+        let helper = names.helper().unwrap();
+        assert!(names.claim_of(&helper).is_none() && names.is_helper(&helper) && !names.is_helper(&claimed));
         for other in ["codesandbox-a-b_c-", "codesandbox-other-00ff-1", "x", "codesandbox-a-b_c-00ff", ""] {
             assert_eq!(names.claim_of(other), None, "{other}");
         }

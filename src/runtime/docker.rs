@@ -22,8 +22,8 @@ use bollard::query_parameters::{
 use futures_util::{StreamExt, TryStreamExt};
 
 use super::container::{
-    self, HOSTNAME, INSTANCE_LABEL, LastWords, Mode, Names, OOM_SCORE_ADJ, Output, Pull, SECCOMP_PROFILE,
-    SECRET_LABEL, SYSCTLS, Settings, Uids, WORKSPACE,
+    self, HOSTNAME, INSTANCE_LABEL, LastWords, Mode, Names, OOM_SCORE_ADJ, Output, Program, Pull,
+    SECCOMP_PROFILE, SECRET_LABEL, SYSCTLS, Settings, Uids, WORKSPACE,
 };
 use super::{
     Engine, Error, Fate, Found, KeySecret, Layer, Limit, Result, Runtime, Sandbox, SandboxId, SandboxSpec,
@@ -65,7 +65,7 @@ pub struct Docker(Arc<Inner>);
 struct Inner {
     client: Client,
     settings: Settings,
-    supervisor: &'static str,
+    program: Program,
     names: Names,
     secret: KeySecret,
     info: SystemInfo,
@@ -82,7 +82,7 @@ fn container_request(
     settings: &Settings,
     secret: &KeySecret,
     user: &str,
-    supervisor: &str,
+    mut program: Vec<String>,
 ) -> ContainerCreateBody {
     let (uid, gid) = user.split_once(':').unwrap_or((user, user));
     let tmpfs = |size: u64, mode: &str| {
@@ -128,7 +128,6 @@ fn container_request(
         ..HostConfig::default()
     };
     let environment = container::environment(spec).map(|(name, value)| format!("{name}={value}"));
-    let mut program = container::program(supervisor, Mode::Park);
     let arguments = program.split_off(1);
     ContainerCreateBody {
         image: Some(settings.image.clone()),
@@ -164,29 +163,39 @@ impl Docker {
         let unusable = |why: String| Error::Unusable {
             what: format!("reach the Docker daemon at {}", settings.url),
             why,
-            remedy: "start it (systemctl start docker), set docker.url or DOCKER_HOST to where it listens, and \
+            remedy:
+                "start it (systemctl start docker), set docker.url or DOCKER_HOST to where it listens, and \
                      let this user reach its socket; or use driver = \"embedded\""
-                .into(),
+                    .into(),
         };
         let client = connect(&settings.url, tls.as_ref()).map_err(|error| unusable(error.to_string()))?;
         let client = within("negotiate the version", client.negotiate_version())
             .await
             .map_err(|error| unusable(error.to_string()))?;
-        let info = within("ask for its properties", client.info()).await.map_err(|e| unusable(e.to_string()))?;
+        let info =
+            within("ask for its properties", client.info()).await.map_err(|e| unusable(e.to_string()))?;
         check_runtime(&info, &settings)?;
         ensure_image(&client, &settings).await?;
-        let secret = secret_of(&client, &settings.instance).await?;
+        let left = listed(&client, &settings.instance).await?;
         let (first, many) = if maps_uids(&info) { MAPPED_UIDS } else { UIDS };
-        Ok(Docker(Arc::new(Inner {
+        let mut inner = Inner {
             client,
             names: Names::new(&settings.instance),
             settings,
-            supervisor,
-            secret,
+            program: Program::new(supervisor),
+            secret: secret_of(&left),
             info,
             uids: Uids::new(first, many),
             last_words: Mutex::default(),
-        })))
+        };
+        inner.program = inner.compile(supervisor).await?;
+        for container in left.iter() {
+            let name = container.names.iter().flatten().next();
+            if let (Some(id), Some(true)) = (&container.id, name.map(|name| inner.names.is_helper(name))) {
+                inner.remove(&SandboxId(id.clone())).await?; // of a server that was killed in the middle
+            }
+        }
+        Ok(Docker(Arc::new(inner)))
     }
 }
 
@@ -202,7 +211,9 @@ fn connect(url: &str, tls: Option<&Tls>) -> std::result::Result<Client, ClientEr
         None if url.starts_with("tcp://") || url.starts_with("http://") => {
             Client::connect_with_http(url, CLIENT_TIMEOUT_S, version)
         }
-        None => Err(ClientError::UnsupportedURISchemeError { uri: format!("{url}: expected unix:// or tcp://") }),
+        None => {
+            Err(ClientError::UnsupportedURISchemeError { uri: format!("{url}: expected unix:// or tcp://") })
+        }
     }
 }
 
@@ -221,8 +232,9 @@ fn check_runtime(info: &SystemInfo, settings: &Settings) -> Result<()> {
     Err(Error::Unusable {
         what: format!("use the runtime {wanted}"),
         why: format!("the daemon knows {}", known.join(", ")),
-        remedy: "add it to the daemon's \"runtimes\" (daemon.json), or set docker.runtime to one that it knows"
-            .into(),
+        remedy:
+            "add it to the daemon's \"runtimes\" (daemon.json), or set docker.runtime to one that it knows"
+                .into(),
     })
 }
 
@@ -280,23 +292,30 @@ async fn pull(client: &Client, image: &str) -> Result<()> {
 async fn listed(client: &Client, instance: &str) -> Result<Vec<bollard::models::ContainerSummary>> {
     let ours = HashMap::from([("label", vec![format!("{INSTANCE_LABEL}={instance}")])]);
     let options = ListContainersOptionsBuilder::default().all(true).filters(&ours).build();
-    within("list", client.list_containers(Some(options))).await.map_err(|failure| failure.at("list our containers"))
+    within("list", client.list_containers(Some(options)))
+        .await
+        .map_err(|failure| failure.at("list our containers"))
 }
 
 /// The secret that names our containers; a new one where there is none.
-async fn secret_of(client: &Client, instance: &str) -> Result<KeySecret> {
-    let containers = listed(client, instance).await?;
-    let secret = |container: &bollard::models::ContainerSummary| {
-        KeySecret::from_hex(container.labels.as_ref()?.get(SECRET_LABEL)?)
-    };
-    Ok(containers.iter().find_map(secret).unwrap_or_else(KeySecret::random))
+fn secret_of(containers: &[bollard::models::ContainerSummary]) -> KeySecret {
+    let labels = containers.iter().filter_map(|container| container.labels.as_ref()?.get(SECRET_LABEL));
+    labels.filter_map(|secret| KeySecret::from_hex(secret)).next().unwrap_or_else(KeySecret::random)
 }
 
 impl Inner {
-    async fn create(self: Arc<Self>, spec: SandboxSpec) -> Result<Sandbox> {
+    /// Once, in a container of its own: by the very interpreter that every sandbox has.
+    async fn compile(&self, supervisor: &'static str) -> Result<Program> {
+        let (name, spec) = (self.names.helper()?, SandboxSpec::smallest());
+        let Sandbox { id, stream } = self.make(name, &spec, self.program.compiler()).await?;
+        let compiled = Program::compiled(supervisor, stream, || self.words_of(&id)).await;
+        self.remove(&id).await?;
+        compiled
+    }
+
+    async fn make(&self, name: String, spec: &SandboxSpec, program: Vec<String>) -> Result<Sandbox> {
         let user = self.settings.user.clone().unwrap_or_else(|| self.uids.next());
-        let request = container_request(&spec, &self.settings, &self.secret, &user, self.supervisor);
-        let name = self.names.unclaimed()?;
+        let request = container_request(spec, &self.settings, &self.secret, &user, program);
         let options = CreateContainerOptionsBuilder::default().name(&name).build();
         let created = within("create", self.client.create_container(Some(options), request)).await;
         let made = match created {
@@ -309,7 +328,8 @@ impl Inner {
         if made.is_err() {
             // By the name, which we know even where the answer was lost.
             let undone = self.remove(&SandboxId(name)).await;
-            undone.unwrap_or_else(|error| tracing::warn!(%error, "a container that did not start may be left"));
+            undone
+                .unwrap_or_else(|error| tracing::warn!(%error, "a container that did not start may be left"));
         }
         made
     }
@@ -326,14 +346,15 @@ impl Inner {
         let options = AttachContainerOptionsBuilder::default();
         let options = options.stream(true).stdin(true).stdout(true).stderr(true).logs(false).build();
         let attached = within("attach", self.client.attach_container(&id.0, Some(options))).await;
-        let AttachContainerResults { output, input } = attached.map_err(|failure| failure.of(id, "attach to"))?;
+        let AttachContainerResults { output, input } =
+            attached.map_err(|failure| failure.of(id, "attach to"))?;
         let words = LastWords::default();
         self.last_words().insert(id.clone(), words.clone());
         let output = output.map_err(std::io::Error::other).map_ok(|output| match output {
             LogOutput::StdErr { message } => Output::Stderr(message),
-            LogOutput::StdOut { message }
-            | LogOutput::StdIn { message }
-            | LogOutput::Console { message } => Output::Stdout(message),
+            LogOutput::StdOut { message } | LogOutput::StdIn { message } | LogOutput::Console { message } => {
+                Output::Stdout(message)
+            }
         });
         Ok(Sandbox { id: id.clone(), stream: container::duplex(output, input, words) })
     }
@@ -344,7 +365,9 @@ impl Inner {
             let options = RemoveContainerOptionsBuilder::default().force(true).v(true).build();
             match within("remove", self.client.remove_container(&id.0, Some(options))).await {
                 Ok(())
-                | Err(Failure::Client(ClientError::DockerResponseServerError { status_code: 404, .. })) => break,
+                | Err(Failure::Client(ClientError::DockerResponseServerError { status_code: 404, .. })) => {
+                    break;
+                }
                 Err(Failure::Client(ClientError::DockerResponseServerError { status_code: 409, .. })) => {
                     tokio::time::sleep(REMOVAL_PAUSE).await; // ends with the caller's patience
                 }
@@ -356,8 +379,13 @@ impl Inner {
     }
 
     async fn inspect(&self, id: &SandboxId) -> Result<bollard::models::ContainerInspectResponse> {
-        let inspected = within("inspect", self.client.inspect_container(&id.0, None::<InspectContainerOptions>)).await;
+        let inspected =
+            within("inspect", self.client.inspect_container(&id.0, None::<InspectContainerOptions>)).await;
         inspected.map_err(|failure| failure.of(id, "inspect"))
+    }
+
+    fn words_of(&self, id: &SandboxId) -> String {
+        self.last_words().get(id).map(LastWords::to_string).unwrap_or_default()
     }
 
     fn last_words(&self) -> std::sync::MutexGuard<'_, HashMap<SandboxId, LastWords>> {
@@ -382,7 +410,11 @@ impl Inner {
         ];
         layers.push(match info.swap_limit.unwrap_or(true) && *memory_swap == bytes {
             true => Layer::on("swap", "none"),
-            false => Layer::off("swap", "not limited: the host's kernel does not count it", "swapaccount=1, or no swap"),
+            false => Layer::off(
+                "swap",
+                "not limited: the host's kernel does not count it",
+                "swapaccount=1, or no swap",
+            ),
         });
         layers.push(match &self.settings.user {
             None => Layer::on("uids", "a uid of its own for each sandbox"),
@@ -395,7 +427,9 @@ impl Inner {
         });
         layers.push(match maps_uids(info) {
             true => Layer::on("user_namespace", "the daemon maps uids"),
-            false => Layer::off("user_namespace", "the daemon does not map uids", "userns-remap in daemon.json"),
+            false => {
+                Layer::off("user_namespace", "the daemon does not map uids", "userns-remap in daemon.json")
+            }
         });
         layers.extend(claimed_layers(spec, &self.settings, &self.secret, real));
         layers
@@ -403,8 +437,14 @@ impl Inner {
 }
 
 /// The layers that hold where the daemon says of a sandbox what it was asked for.
-fn claimed_layers(spec: &SandboxSpec, settings: &Settings, secret: &KeySecret, real: &HostConfig) -> Vec<Layer> {
-    let asked = container_request(spec, settings, secret, "1:1", "").host_config.unwrap_or_default();
+fn claimed_layers(
+    spec: &SandboxSpec,
+    settings: &Settings,
+    secret: &KeySecret,
+    real: &HostConfig,
+) -> Vec<Layer> {
+    let asked =
+        container_request(spec, settings, secret, "1:1", vec!["".into()]).host_config.unwrap_or_default();
     let layer = |name, holds: bool, by: &str| match holds {
         true => Layer::on(name, by),
         false => Layer::missing(name, "the daemon says that the sandbox does not have it"),
@@ -447,9 +487,13 @@ impl Runtime for Docker {
 
     async fn create(&self, spec: &SandboxSpec) -> Result<Sandbox> {
         let (inner, undoing) = (self.0.clone(), self.0.clone());
-        detached(DRIVER, inner.create(spec.clone()), async move |id| {
+        let spec = spec.clone();
+        let name = inner.names.unclaimed()?;
+        let make = async move { inner.make(name, &spec, inner.program.supervisor(Mode::Park)).await };
+        detached(DRIVER, make, async move |id| {
             let undone = undoing.remove(&id).await;
-            undone.unwrap_or_else(|error| tracing::warn!(%error, "a container that nobody wanted may be left"));
+            undone
+                .unwrap_or_else(|error| tracing::warn!(%error, "a container that nobody wanted may be left"));
         })
         .await
     }
@@ -473,7 +517,7 @@ impl Runtime for Docker {
         let containers = listed(&self.0.client, &self.0.settings.instance).await?;
         let found = containers.into_iter().filter_map(|container| {
             let name = container.names.iter().flatten().next().map(String::as_str);
-            Some(self.0.names.found(container.id?, name))
+            self.0.names.found(container.id?, name)
         });
         Ok(found.collect())
     }
@@ -484,17 +528,18 @@ impl Runtime for Docker {
             Err(Error::Gone(_)) => return Ok(Fate::Gone),
             Err(error) => return Err(error),
         };
-        let stderr = || self.0.last_words().get(id).map(LastWords::to_string).unwrap_or_default();
         Ok(match state.status {
             Some(Status::RUNNING | Status::CREATED | Status::RESTARTING) => {
                 Fate::Running { out_of_memory_kills: None } // the supervisor sees them itself
             }
             Some(Status::PAUSED) => Fate::Paused,
-            Some(Status::EXITED | Status::DEAD) if state.oom_killed == Some(true) && state.exit_code == Some(137) => {
+            Some(Status::EXITED | Status::DEAD)
+                if state.oom_killed == Some(true) && state.exit_code == Some(137) =>
+            {
                 Fate::OutOfMemory
             }
             Some(Status::EXITED | Status::DEAD) => {
-                Fate::Exited { code: state.exit_code.unwrap_or(-1) as i32, stderr: stderr() }
+                Fate::Exited { code: state.exit_code.unwrap_or(-1) as i32, stderr: self.0.words_of(id) }
             }
             _ => Fate::Gone,
         })

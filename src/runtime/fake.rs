@@ -11,7 +11,8 @@ use tokio::io::DuplexStream;
 use tokio::task::AbortHandle;
 
 use super::{
-    Claim, Engine, Error, Fate, Found, KeySecret, Layer, Result, Runtime, Sandbox, SandboxId, SandboxSpec, SessionKey,
+    Claim, Engine, Error, Fate, Found, KeySecret, Layer, Result, Runtime, Sandbox, SandboxId, SandboxSpec,
+    SessionKey,
 };
 
 /// Bytes that a stream holds between its ends, as a pipe does.

@@ -16,9 +16,7 @@ use async_trait::async_trait;
 use tokio::io::{AsyncRead, AsyncWrite};
 
 pub use error::{Error, Result};
-pub use spec::{
-    Claim, Fate, Found, KeySecret, Layer, LayerState, Limit, SandboxId, SandboxSpec, SessionKey,
-};
+pub use spec::{Claim, Fate, Found, KeySecret, Layer, LayerState, Limit, SandboxId, SandboxSpec, SessionKey};
 
 /// A stream of bytes to and from a supervisor's descriptors 0 and 1.
 pub trait Stream: AsyncRead + AsyncWrite + Send + Unpin {}

@@ -18,8 +18,8 @@ use serde_json::{Value, json};
 use tokio::sync::OnceCell;
 
 use super::container::{
-    self, HOSTNAME, INSTANCE_LABEL, LastWords, Mode, Names, OOM_SCORE_ADJ, Pull, SECCOMP_PROFILE, SECRET_LABEL,
-    SYSCTLS, Settings, Uids, WORKSPACE,
+    self, HOSTNAME, INSTANCE_LABEL, LastWords, Mode, Names, OOM_SCORE_ADJ, Program, Pull, SECCOMP_PROFILE,
+    SECRET_LABEL, SYSCTLS, Settings, Uids, WORKSPACE,
 };
 use super::{
     Engine, Error, Fate, Found, KeySecret, Layer, Limit, Result, Runtime, Sandbox, SandboxId, SandboxSpec,
@@ -30,8 +30,8 @@ use raw::{Failure, Raw, Refusal};
 const DRIVER: &str = "podman";
 /// A call that takes longer has failed; only a pull may.
 const CALL_TIMEOUT: Duration = Duration::from_secs(20);
-/// Milliseconds in which a container that loses its stdin has ended: a guess, some hundred times what it takes.
-const EOF_WAIT_MS: u64 = 700;
+/// In which a container that loses its stdin has ended: a guess, a hundred times what it takes.
+const EOF_WAIT: Duration = Duration::from_secs(3);
 /// The first uid and gid of a sandbox, in the user namespace that all of this engine's containers are in.
 const FIRST_UID: u32 = 10_000;
 /// As root, uids that neither systemd nor useradd hands out, beside those of the other drivers.
@@ -58,7 +58,7 @@ struct Inner {
     client: Client,
     raw: Raw,
     settings: Settings,
-    supervisor: &'static str,
+    program: Program,
     profile: PathBuf,
     names: Names,
     secret: KeySecret,
@@ -190,11 +190,7 @@ impl Podman {
     ///
     /// # Errors
     /// `Unusable` where the operator has to act: no service there, no image, another runtime.
-    pub async fn start(
-        settings: Settings,
-        profile: Profile,
-        supervisor: &'static str,
-    ) -> Result<Podman> {
+    pub async fn start(settings: Settings, profile: Profile, supervisor: &'static str) -> Result<Podman> {
         let unusable = |why: String| Error::Unusable {
             what: format!("reach the Podman service at {}", settings.url),
             why,
@@ -214,20 +210,35 @@ impl Podman {
             Profile::There(path) => path,
             Profile::Into(directory) => write_profile(&directory, &settings.instance)?,
         };
-        let secret = secret_of(&client, &settings.instance).await?;
-        Ok(Podman(Arc::new(Inner {
+        let left = listed(&client, &settings.instance).await?;
+        let mut inner = Inner {
             client,
             raw,
             names: Names::new(&settings.instance),
             settings,
-            supervisor,
+            program: Program::new(supervisor),
             profile,
-            secret,
+            secret: secret_of(&left),
             host,
             uids,
             stdin_survives: OnceCell::new(),
             last_words: Mutex::default(),
-        })))
+        };
+        inner.program = inner.compile(supervisor).await?;
+        for container in left.iter() {
+            let name = container.names.iter().flatten().next();
+            if let (Some(id), Some(true)) = (&container.id, name.map(|name| inner.names.is_helper(name))) {
+                inner.remove(&SandboxId(id.clone())).await?; // of a server that was killed in the middle
+            }
+        }
+        let inner = Arc::new(inner);
+        if !left.is_empty() {
+            let early = inner.clone(); // somebody is about to come back to one of them
+            tokio::spawn(async move {
+                early.stdin_survives.get_or_try_init(|| early.stdin_survives()).await.ok().copied()
+            });
+        }
+        Ok(Podman(inner))
     }
 }
 
@@ -274,9 +285,11 @@ async fn ensure_image(client: &Client, raw: &Raw, settings: &Settings) -> Result
     match settings.pull {
         Pull::Always => pull(client, image).await,
         Pull::Missing if !here => pull(client, image).await,
-        Pull::Never if !here => {
-            Err(container::image_missing(DRIVER, image, "the service has no such image, and pull = \"never\""))
-        }
+        Pull::Never if !here => Err(container::image_missing(
+            DRIVER,
+            image,
+            "the service has no such image, and pull = \"never\"",
+        )),
         Pull::Missing | Pull::Never => Ok(()),
     }
 }
@@ -308,9 +321,10 @@ fn write_profile(directory: &Path, instance: &str) -> Result<PathBuf> {
     written.map_err(|error| Error::Unusable {
         what: "write the seccomp profile where the Podman service reads it".into(),
         why: format!("{}: {error}", path.display()),
-        remedy: "set XDG_RUNTIME_DIR, or set podman.seccomp_profile to the path of config/seccomp.json on the \
+        remedy:
+            "set XDG_RUNTIME_DIR, or set podman.seccomp_profile to the path of config/seccomp.json on the \
                  service's host"
-            .into(),
+                .into(),
     })?;
     Ok(path)
 }
@@ -324,23 +338,28 @@ async fn listed(client: &Client, instance: &str) -> Result<Vec<podman_api::model
 }
 
 /// The secret that names our containers; a new one where there is none.
-async fn secret_of(client: &Client, instance: &str) -> Result<KeySecret> {
-    let containers = listed(client, instance).await?;
-    let secret = |container: &podman_api::models::ListContainer| {
-        KeySecret::from_hex(container.labels.as_ref()?.get(SECRET_LABEL)?)
-    };
-    Ok(containers.iter().find_map(secret).unwrap_or_else(KeySecret::random))
+fn secret_of(containers: &[podman_api::models::ListContainer]) -> KeySecret {
+    let labels = containers.iter().filter_map(|container| container.labels.as_ref()?.get(SECRET_LABEL));
+    labels.filter_map(|secret| KeySecret::from_hex(secret)).next().unwrap_or_else(KeySecret::random)
 }
 
 impl Inner {
-    async fn create(self: Arc<Self>, spec: SandboxSpec) -> Result<Sandbox> {
-        let name = self.names.unclaimed()?;
-        let program = container::program(self.supervisor, Mode::Park);
-        let made = self.begin(&name, &spec, program).await;
+    /// Once, in a container of its own: by the very interpreter that every sandbox has.
+    async fn compile(&self, supervisor: &'static str) -> Result<Program> {
+        let (name, spec) = (self.names.helper()?, SandboxSpec::smallest());
+        let Sandbox { id, stream } = self.make(name, &spec, self.program.compiler()).await?;
+        let compiled = Program::compiled(supervisor, stream, || self.words_of(&id)).await;
+        self.remove(&id).await?;
+        compiled
+    }
+
+    async fn make(&self, name: String, spec: &SandboxSpec, program: Vec<String>) -> Result<Sandbox> {
+        let made = self.begin(&name, spec, program).await;
         if made.is_err() {
             // By the name, which we know even where the answer was lost.
             let undone = self.remove(&SandboxId(name)).await;
-            undone.unwrap_or_else(|error| tracing::warn!(%error, "a container that did not start may be left"));
+            undone
+                .unwrap_or_else(|error| tracing::warn!(%error, "a container that did not start may be left"));
         }
         made
     }
@@ -378,7 +397,8 @@ impl Inner {
     async fn attach(&self, id: &SandboxId) -> Result<Sandbox> {
         let words = LastWords::default();
         self.last_words().insert(id.clone(), words.clone());
-        let path = format!("/containers/{id}/attach?stream=true&stdin=true&stdout=true&stderr=true&logs=false");
+        let path =
+            format!("/containers/{id}/attach?stream=true&stdin=true&stdout=true&stderr=true&logs=false");
         let attached = within("attach", self.raw.stream(&path, &Value::Null, words)).await;
         let stream = attached.map_err(|failure| of(failure, id, "attach to"))?;
         Ok(Sandbox { id: id.clone(), stream })
@@ -388,9 +408,8 @@ impl Inner {
     async fn attach_beside(&self, id: &SandboxId) -> Result<Sandbox> {
         let words = LastWords::default();
         self.last_words().insert(id.clone(), words.clone());
-        let program = container::program(self.supervisor, Mode::Beside);
-        let request =
-            json!({"AttachStdin": true, "AttachStdout": true, "AttachStderr": true, "Tty": false, "Cmd": program});
+        let program = self.program.supervisor(Mode::Beside);
+        let request = json!({"AttachStdin": true, "AttachStdout": true, "AttachStderr": true, "Tty": false, "Cmd": program});
         let path = format!("/containers/{id}/exec");
         let made = within("exec", self.raw.call(Method::POST, &path, &request)).await;
         let made = made.map_err(|failure| of(failure, id, "exec in"))?;
@@ -406,27 +425,23 @@ impl Inner {
     /// that ends when its stdin does.
     async fn stdin_survives(&self) -> Result<bool> {
         use tokio::io::{AsyncReadExt, AsyncWriteExt};
-        let spec = SandboxSpec::smallest();
         let program = ["python3", "-I", "-S", "-c", STDIN_PROBE].map(str::to_owned).to_vec();
-        let name = self.names.unclaimed()?;
-        let tried = async {
-            let Sandbox { id, mut stream } = self.begin(&name, &spec, program).await?;
-            // An attach is acknowledged before it is wired: what comes back proves that it is.
-            let echo = async {
-                stream.write_all(b"x").await?;
-                stream.flush().await?;
-                stream.read_u8().await
-            };
-            let echoed = tokio::time::timeout(CALL_TIMEOUT, echo).await.unwrap_or_else(|late| Err(late.into()));
-            echoed.map_err(Error::failed("try whether a container's stdin stays open"))?;
-            drop(stream);
-            let path = format!("/containers/{id}/wait?condition=exited");
-            let wait = self.raw.call(Method::POST, &path, &Value::Null);
-            Ok(tokio::time::timeout(Duration::from_millis(EOF_WAIT_MS), wait).await.is_err())
-        }
-        .await;
-        self.remove(&SandboxId(name)).await?;
-        tried
+        let spec = SandboxSpec::smallest();
+        let Sandbox { id, mut stream } = self.make(self.names.helper()?, &spec, program).await?;
+        // An attach is acknowledged before it is wired: what comes back proves that it is.
+        let echo = async {
+            stream.write_all(b"x").await?;
+            stream.flush().await?;
+            stream.read_u8().await
+        };
+        let echoed = tokio::time::timeout(CALL_TIMEOUT, echo).await.unwrap_or_else(|late| Err(late.into()));
+        drop(stream);
+        let path = format!("/containers/{id}/wait?condition=exited");
+        let end = self.raw.call(Method::POST, &path, &Value::Null);
+        let survives = tokio::time::timeout(EOF_WAIT, end).await.is_err();
+        self.remove(&id).await?;
+        echoed.map_err(Error::failed("try whether a container's stdin stays open"))?;
+        Ok(survives)
     }
 
     async fn remove(&self, id: &SandboxId) -> Result<()> {
@@ -448,6 +463,10 @@ impl Inner {
         inspected.map_err(|failure| of(failure, id, "inspect"))
     }
 
+    fn words_of(&self, id: &SandboxId) -> String {
+        self.last_words().get(id).map(LastWords::to_string).unwrap_or_default()
+    }
+
     fn last_words(&self) -> std::sync::MutexGuard<'_, HashMap<SandboxId, LastWords>> {
         self.last_words.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -456,13 +475,14 @@ impl Inner {
     fn layers(&self, spec: &SandboxSpec, real: &Value) -> Vec<Layer> {
         let (host, config) = (&self.host, &real["HostConfig"]);
         let by = format!("control groups {}", host.cgroup_version);
-        let limit = |name, limit, controller: &str, real: bool, stand_in: &str| {
-            match host.enforces(controller) && real {
-                true => Layer::on(name, &by),
-                false => {
-                    let why = format!("{stand_in}: Podman has no {controller} controller here");
-                    Layer::unenforced(name, why, limit, CGROUPS)
-                }
+        let limit = |name, limit, controller: &str, real: bool, stand_in: &str| match host
+            .enforces(controller)
+            && real
+        {
+            true => Layer::on(name, &by),
+            false => {
+                let why = format!("{stand_in}: Podman has no {controller} controller here");
+                Layer::unenforced(name, why, limit, CGROUPS)
             }
         };
         let quota = (spec.cpus * 100_000.0) as u64;
@@ -476,14 +496,16 @@ impl Inner {
             ),
             limit("cpus", Limit::Cpus, "cpu", config["CpuQuota"] == quota, "nothing"),
         ];
-        layers.push(match (host.enforces("pids") && config["PidsLimit"] == spec.processes, &self.settings.user) {
-            (true, _) => Layer::on("processes", &by),
-            (false, None) => Layer::on("processes", "RLIMIT_NPROC of a uid of its own for each sandbox"),
-            (false, Some(_)) => {
-                let by = "RLIMIT_NPROC of the one user of all sandboxes";
-                Layer::unenforced("processes", by, Limit::Processes, CGROUPS)
-            }
-        });
+        layers.push(
+            match (host.enforces("pids") && config["PidsLimit"] == spec.processes, &self.settings.user) {
+                (true, _) => Layer::on("processes", &by),
+                (false, None) => Layer::on("processes", "RLIMIT_NPROC of a uid of its own for each sandbox"),
+                (false, Some(_)) => {
+                    let by = "RLIMIT_NPROC of the one user of all sandboxes";
+                    Layer::unenforced("processes", by, Limit::Processes, CGROUPS)
+                }
+            },
+        );
         layers.push(match &self.settings.user {
             None => Layer::on("uids", "a uid of its own for each sandbox"),
             Some(user) => Layer::unenforced(
@@ -509,9 +531,11 @@ impl Inner {
             false => Layer::missing(name, "the service says that the sandbox does not have it"),
         };
         let options = |wanted: &str| {
-            config["SecurityOpt"].as_array().into_iter().flatten().any(|option| {
-                option.as_str().is_some_and(|option| option.contains(wanted))
-            })
+            config["SecurityOpt"]
+                .as_array()
+                .into_iter()
+                .flatten()
+                .any(|option| option.as_str().is_some_and(|option| option.contains(wanted)))
         };
         let capabilities = real["EffectiveCaps"].as_array().is_none_or(Vec::is_empty)
             && real["BoundingCaps"].as_array().is_none_or(Vec::is_empty);
@@ -552,9 +576,13 @@ impl Runtime for Podman {
 
     async fn create(&self, spec: &SandboxSpec) -> Result<Sandbox> {
         let (inner, undoing) = (self.0.clone(), self.0.clone());
-        detached(DRIVER, inner.create(spec.clone()), async move |id| {
+        let spec = spec.clone();
+        let name = inner.names.unclaimed()?;
+        let make = async move { inner.make(name, &spec, inner.program.supervisor(Mode::Park)).await };
+        detached(DRIVER, make, async move |id| {
             let undone = undoing.remove(&id).await;
-            undone.unwrap_or_else(|error| tracing::warn!(%error, "a container that nobody wanted may be left"));
+            undone
+                .unwrap_or_else(|error| tracing::warn!(%error, "a container that nobody wanted may be left"));
         })
         .await
     }
@@ -582,7 +610,7 @@ impl Runtime for Podman {
         let containers = listed(&self.0.client, &self.0.settings.instance).await?;
         let found = containers.into_iter().filter_map(|container| {
             let name = container.names.iter().flatten().next().map(String::as_str);
-            Some(self.0.names.found(container.id?, name))
+            self.0.names.found(container.id?, name)
         });
         Ok(found.collect())
     }
@@ -604,10 +632,7 @@ impl Runtime for Podman {
             }
             "paused" => Fate::Paused,
             "exited" | "stopped" if state["OOMKilled"] == true => Fate::OutOfMemory,
-            "exited" | "stopped" => {
-                let stderr = self.0.last_words().get(id).map(LastWords::to_string).unwrap_or_default();
-                Fate::Exited { code, stderr }
-            }
+            "exited" | "stopped" => Fate::Exited { code, stderr: self.0.words_of(id) },
             _ => Fate::Gone,
         })
     }
@@ -622,7 +647,9 @@ async fn within<T>(
     what: &'static str,
     call: impl Future<Output = std::result::Result<T, Failure>>,
 ) -> std::result::Result<T, Failure> {
-    let late = |_| Failure::Broken(std::io::Error::other(format!("no answer to \"{what}\" within {CALL_TIMEOUT:?}")));
+    let late = |_| {
+        Failure::Broken(std::io::Error::other(format!("no answer to \"{what}\" within {CALL_TIMEOUT:?}")))
+    };
     tokio::time::timeout(CALL_TIMEOUT, call).await.map_err(late)?
 }
 

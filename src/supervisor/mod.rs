@@ -240,10 +240,14 @@ impl Supervisor {
         let Outcome::Result(found) = report.outcome else { return Err(Violation::Content("probe").into()) };
         let found: std::collections::BTreeMap<String, String> =
             serde_json::from_str(found.get()).map_err(|_| Violation::Content("probe"))?;
-        for layer in layers.iter_mut().filter(|layer| layer.state == LayerState::On) {
-            if let Some(hole) = found.get(layer.name) {
-                layer.state = LayerState::Unenforced;
-                layer.by = format!("does not hold: {hole}");
+        for (name, hole) in found {
+            match layers.iter_mut().find(|layer| layer.name == name) {
+                Some(layer) if layer.state == LayerState::On => {
+                    layer.state = LayerState::Unenforced;
+                    layer.by = format!("does not hold: {hole}");
+                }
+                Some(_) => {} // known to be missing already
+                None => layers.push(Layer::missing("resources", format!("{name}: {hole}"))),
             }
         }
         Ok(layers)

@@ -1,5 +1,6 @@
-# Tries from inside what each layer forbids; `result` names the layers with a hole and says which.
-import errno, os, socket
+# Tries from inside what each layer forbids; `result` names the layers with a hole and says which. The variables
+# are those of the SandboxSpec that was asked for.
+import errno, os, resource, socket
 
 holes = {}
 
@@ -37,10 +38,51 @@ with open("/proc/net/dev") as file:
     names = [line.split(":")[0].strip() for line in file if ":" in line]
 if names not in (["lo"], []):
     hole("network", "there are interfaces beside lo: %s" % names)
-inside = os.statvfs("/workspace")
-if inside.f_blocks * inside.f_frsize > 1 << 40:
-    hole("workspace", "its size is not limited")
-with open("/workspace/.probe", "w") as file:
-    file.write("x")
-os.remove("/workspace/.probe")
+
+# The files that a run may write: how much of them there may be, and how they are mounted.
+NOSUID_NODEV = 2 | 4
+for place, most in (("/workspace", workspace_bytes), ("/tmp", tmp_bytes), ("/dev/shm", shm_bytes)):
+    inside = os.statvfs(place)
+    if not 0 < inside.f_blocks * inside.f_frsize <= most + 4096:
+        hole("workspace", "%s has room for %d bytes" % (place, inside.f_blocks * inside.f_frsize))
+    if inside.f_flag & NOSUID_NODEV != NOSUID_NODEV:
+        hole("workspace", "%s is not mounted nosuid and nodev" % place)
+    with open(place + "/.probe", "w") as file:
+        file.write("x")
+    os.remove(place + "/.probe")
+with open("/proc/self/mountinfo") as file:
+    for line in file:
+        place, options = line.split()[4:6]
+        writable = "rw" in options.split(",") and os.access(place, os.W_OK) and os.path.isdir(place)
+        if writable and place not in ("/workspace", "/tmp", "/dev/shm", "/dev/mqueue") and not place.startswith("/proc"):
+            hole("root_file_system", "%s can be written to" % place)
+
+# Limits of each process, and of the control group where it can be seen from inside.
+for name, most in (("NOFILE", open_files), ("NPROC", processes), ("CORE", 0)):
+    if not 0 <= resource.getrlimit(getattr(resource, "RLIMIT_" + name))[1] <= most:
+        hole("processes" if name == "NPROC" else "resources", "RLIMIT_%s is not limited" % name)
+
+
+def group(controller, version_1, version_2):
+    """The numbers of a control file; none where it cannot be seen."""
+    for path in ("/sys/fs/cgroup/%s" % version_2, "/sys/fs/cgroup/%s/%s" % (controller, version_1)):
+        try:
+            with open(path) as file:
+                return file.read().split()
+        except OSError:
+            pass
+    return []
+
+
+for layer, files, most in (
+    ("memory", ("memory", "memory.limit_in_bytes", "memory.max"), memory_bytes),
+    ("processes", ("pids", "pids.max", "pids.max"), processes),
+):
+    found = group(*files)
+    if found and not (found[0].isdigit() and int(found[0]) <= most):
+        hole(layer, "the control group's limit is %s" % found[0])
+period = int((group("cpu", "cpu.cfs_period_us", "cpu.max")[-1:] or ["100000"])[0])
+quota = (group("cpu", "cpu.cfs_quota_us", "cpu.max")[:1] or [None])[0]
+if quota is not None and not (quota.isdigit() and int(quota) <= cpus * period * 1.01 + 1000):
+    hole("cpus", "the control group's quota is %s of %d" % (quota, period))
 result = holes

@@ -27,13 +27,15 @@ NOTHING = -1
 TIMEOUT, CANCELLED = 1, 2
 UNKNOWN, NOT_OUT_OF_MEMORY, OUT_OF_MEMORY = 0, 1, 2
 PARK, BESIDE = "park", "beside"
+PARKED = b"parked"  # the name of a PID 1 that is
 EMPTY = b'["total 0"]'
 LENGTH = struct.Struct(">I")
 
 WORKSPACE = "/workspace"
 CODE_NAME = "<code>"  # the guest's code in its tracebacks
 MOST_DESCRIPTORS = 64  # this file opens about 15
-PR_SET_DUMPABLE = 4
+PR_SET_DUMPABLE, PR_SET_NAME = 4, 15
+PARK_WAIT_S = 5.0  # for a PID 1 whose server has only just left
 OOM_SCORE_ADJ = "900"  # of all but the supervisor, whose own comes from the engine
 NICE = 10  # of all but the supervisor: a guest's fork bomb must not starve what is to stop it
 WARM_AFTER_S = 0.002  # a sandbox that is busy has its next task sooner, and saves the warming
@@ -670,9 +672,11 @@ def collect():
 
 def leave():
     """The server is gone. PID 1 may have to stay, and with it the sandbox, for the next one."""
+    if MODE:
+        kill_until_nothing_is_left()
     if MODE != PARK:
         os._exit(0)
-    kill_until_nothing_is_left()
+    prctl(PR_SET_NAME, PARKED)
     while True:
         try:
             os.waitpid(-1, 0)
@@ -993,13 +997,18 @@ def warm_up():
     sys.stdout.reconfigure(line_buffering=True)  # what was printed before a kill must not be lost
 
 
-def set_dumpable(dumpable):
-    """At 0 nobody of the same uid can look into this process, or at its descriptors, nor into its forks."""
+def prctl(option, value):
+    """Without `ctypes`, which takes 10 ms to import."""
     import _ctypes
 
-    prctl = _ctypes.dlsym(_ctypes.dlopen(None, 0), "prctl")
-    if _ctypes.call_function(prctl, (PR_SET_DUMPABLE, dumpable, 0, 0, 0)) != 0:
+    function = _ctypes.dlsym(_ctypes.dlopen(None, 0), "prctl")
+    if _ctypes.call_function(function, (option, value, 0, 0, 0)) != 0:
         os._exit(71)
+
+
+def set_dumpable(dumpable):
+    """At 0 nobody of the same uid can look into this process, or at its descriptors, nor into its forks."""
+    prctl(PR_SET_DUMPABLE, dumpable)
 
 
 def die_first():
@@ -1016,10 +1025,15 @@ def die_first():
 
 
 def is_parked():
-    """Whether PID 1 is this same program, which has left everything but the dead to us."""
-    with open("/proc/1/cmdline", "rb") as first, open("/proc/self/cmdline", "rb") as own:
-        first, own = first.read().split(b"\0"), own.read().split(b"\0")
-    return first[-2] == PARK.encode() and first[-3] == own[-3]
+    """Whether PID 1 is a supervisor that has left everything but the dead to us, or soon does."""
+    end = time.monotonic() + PARK_WAIT_S
+    while True:
+        with open("/proc/1/comm", "rb", 0) as file:
+            if file.read().rstrip(b"\n") == PARKED:
+                return True
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.005)
 
 
 def freeze():
@@ -1033,6 +1047,8 @@ def main():
         sys.exit("the supervisor kills every process that it can see: it runs in a sandbox only")
     if MODE:
         sys.argv[1:] = []
+        if hasattr(sys, "orig_argv"):
+            sys.orig_argv[1:] = []
         set_dumpable(0)
     sys.dont_write_bytecode = True
     for name in ("LD_BIND_NOW", "MALLOC_TOP_PAD_"):  # they were for the start of this process

@@ -10,7 +10,9 @@ use codesandbox::metrics::Metrics;
 use codesandbox::pool::{self, Pool};
 use codesandbox::reaper::reap;
 use codesandbox::runtime::fake::{Call, Fake};
-use codesandbox::runtime::{self, Engine, Fate, Found, Runtime, Sandbox, SandboxId, SandboxSpec, SessionKey};
+use codesandbox::runtime::{
+    self, Engine, Fate, Found, KeySecret, Runtime, Sandbox, SandboxId, SandboxSpec, SessionKey,
+};
 use codesandbox::session::{self, Done, Error, Owner, Sessions};
 use codesandbox::supervisor::{self, Caps, ErrorKind, Run};
 use tokio::task::{AbortHandle, JoinHandle};
@@ -37,8 +39,12 @@ impl Runtime for Slow {
         self.fake.name()
     }
 
-    async fn probe(&self) -> runtime::Result<Engine> {
-        self.fake.probe().await
+    fn secret(&self) -> KeySecret {
+        self.fake.secret()
+    }
+
+    async fn probe(&self, first: &SandboxId, spec: &SandboxSpec) -> runtime::Result<Engine> {
+        self.fake.probe(first, spec).await
     }
 
     async fn create(&self, spec: &SandboxSpec) -> runtime::Result<Sandbox> {
@@ -591,7 +597,7 @@ async fn an_engine_that_makes_nothing_is_unavailable_and_takes_no_place() {
         assert_eq!((house.state(&user_id), house.metrics.sessions.get()), (None, 0));
     }
     assert!(house.run("a", "1").await.is_ok() && house.run("b", "1").await.is_ok());
-    assert_eq!(house.metrics.engine_errors.with_label_values(&["create"]).get(), 20);
+    assert_eq!(house.metrics.engine_errors.with_label_values(&["create", "unavailable"]).get(), 20);
     house.close(SECOND).await;
 }
 
@@ -629,7 +635,7 @@ async fn a_removal_that_fails_is_tried_again_until_it_is_done() {
     assert_eq!((house.fake.alive(), house.state("u")), (1, None), "it is nobody's, and still there");
     sleep(LONG).await;
     assert_eq!(house.fake.alive(), 0);
-    assert_eq!(house.metrics.engine_errors.with_label_values(&["remove"]).get(), 5);
+    assert_eq!(house.metrics.engine_errors.with_label_values(&["remove", "unavailable"]).get(), 5);
     house.close(SECOND).await;
 }
 
@@ -764,9 +770,9 @@ async fn invariants(house: &House, capacity: usize) {
     assert!(house.fake.alive() <= capacity, "{} alive", house.fake.alive());
     let mut owned = HashMap::new();
     let removing = house.engine.removing.lock().unwrap().clone();
-    for Found { id, owner } in house.fake.list().await.unwrap() {
-        if let Some(owner) = owner.filter(|_| !removing.contains(&id)) {
-            *owned.entry(owner).or_insert(0) += 1;
+    for Found { id, claim } in house.fake.list().await.unwrap() {
+        if let Some(claim) = claim.filter(|_| !removing.contains(&id)) {
+            *owned.entry(claim.owner).or_insert(0) += 1;
         }
     }
     assert!(owned.values().all(|count| *count == 1), "{owned:?}");

@@ -31,8 +31,8 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
 
 use super::{
-    Claim, Engine, Error, Fate, Found, KeySecret, Layer, Limit, Result, Runtime, Sandbox, SandboxId, SandboxSpec,
-    SessionKey, detached,
+    Claim, Engine, Error, Fate, Found, KeySecret, Layer, Limit, Result, Runtime, Sandbox, SandboxId,
+    SandboxSpec, SessionKey, detached,
 };
 use cgroup::{Group, Hierarchy};
 pub use launcher::run_if_asked;

@@ -72,7 +72,8 @@ impl Raw {
     pub(super) async fn call(&self, method: Method, path: &str, body: &Value) -> Result<Value, Failure> {
         let response = self.send(request(method, path, body, false)?).await?;
         let status = response.status();
-        let body = Limited::new(response.into_body(), ANSWER_BYTES).collect().await.map_err(broken)?.to_bytes();
+        let body =
+            Limited::new(response.into_body(), ANSWER_BYTES).collect().await.map_err(broken)?.to_bytes();
         if !status.is_success() && status != StatusCode::NOT_MODIFIED {
             return Err(Failure::Refused(refusal(status, &body)));
         }
