@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use serde_json::json;
 use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::watch;
 
 use super::engine::start_runtime;
 use super::{Failure, caps, pool_settings, session_settings, spec};
@@ -20,10 +21,7 @@ use crate::session::Sessions;
 
 pub(super) async fn serve(config: Config) -> Result<ExitCode, Failure> {
     log_to_stderr(&config)?;
-    let auth = match config.auth.mode {
-        AuthMode::None => Auth::Open,
-        AuthMode::Keys => Auth::from_file(&config.auth.keys_file)?,
-    };
+    let auth = watched_auth(&config)?;
     // Before anything else, so that a stop is obeyed from the first moment on.
     let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
     let runtime = start_runtime(&config).await?;
@@ -66,6 +64,29 @@ pub(super) async fn serve(config: Config) -> Result<ExitCode, Failure> {
     reaper.abort();
     tracing::info!("stopped");
     Ok(ExitCode::SUCCESS)
+}
+
+/// Who may come in. The keys file is read again at SIGHUP; one that is wrong then leaves the keys as they were.
+fn watched_auth(config: &Config) -> Result<watch::Receiver<Auth>, Failure> {
+    let file = config.auth.keys_file.clone();
+    let (change, auth) = watch::channel(match config.auth.mode {
+        AuthMode::None => return Ok(watch::channel(Auth::Open).1),
+        AuthMode::Keys => Auth::from_file(&file)?,
+    });
+    let mut hangup = signal(SignalKind::hangup())?;
+    let reload = async move {
+        while hangup.recv().await.is_some() {
+            match Auth::from_file(&file) {
+                Ok(keys) => {
+                    tracing::info!(file = %file.display(), "read the keys again");
+                    let _ = change.send(keys); // nobody listens any more: the server ends
+                }
+                Err(error) => tracing::error!(%error, "cannot read the keys again: they stay as they were"),
+            }
+        }
+    };
+    tokio::spawn(reload); // as long as the program
+    Ok(auth)
 }
 
 /// Fails where a protection is missing that nobody allowed to be; warns of those that somebody did.

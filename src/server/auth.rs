@@ -1,6 +1,7 @@
 //! Who may come in: API keys, held as hashes only.
 
 use std::path::Path;
+use std::sync::Arc;
 
 use hyper::HeaderMap;
 use hyper::header::AUTHORIZATION;
@@ -24,7 +25,7 @@ pub enum Auth {
 /// A key's hash, and whose it is.
 #[derive(Debug, Clone)]
 pub struct Key {
-    tenant: String,
+    tenant: Arc<str>,
     hash: [u8; 32],
 }
 
@@ -65,8 +66,8 @@ impl Auth {
     }
 
     /// The tenant of a request, empty where everybody may; `None` where it may not come in.
-    pub(super) fn tenant(&self, headers: &HeaderMap) -> Option<&str> {
-        let Auth::Keys(keys) = self else { return Some("") };
+    pub(super) fn tenant(&self, headers: &HeaderMap) -> Option<Arc<str>> {
+        let Auth::Keys(keys) = self else { return Some(Arc::default()) };
         let bearer = headers.get(AUTHORIZATION).and_then(|value| {
             let (scheme, key) = value.to_str().ok()?.split_once(' ')?;
             scheme.eq_ignore_ascii_case("bearer").then_some(key.trim())
@@ -74,9 +75,9 @@ impl Auth {
         let presented = bearer.or_else(|| headers.get("x-api-key")?.to_str().ok())?;
         let hash: [u8; 32] = Sha256::digest(presented.as_bytes()).into();
         // All are looked at, so that the time tells nothing of which one matched.
-        keys.iter().fold(None, |found, key| {
-            if bool::from(key.hash.ct_eq(&hash)) { Some(key.tenant.as_str()) } else { found }
-        })
+        let known =
+            keys.iter().fold(None, |found, key| if bool::from(key.hash.ct_eq(&hash)) { Some(key) } else { found });
+        known.map(|key| key.tenant.clone())
     }
 }
 
@@ -99,7 +100,7 @@ impl Key {
         for (byte, pair) in hash.iter_mut().zip(digits.as_bytes().chunks(2)) {
             *byte = u8::from_str_radix(std::str::from_utf8(pair).ok()?, 16).ok()?;
         }
-        Some(Key { tenant: tenant.to_owned(), hash })
+        Some(Key { tenant: tenant.into(), hash })
     }
 }
 
@@ -125,9 +126,9 @@ mod tests {
         let with = |name: &'static str, value: String| {
             HeaderMap::from_iter([(name.parse().unwrap(), value.parse().unwrap())])
         };
-        assert_eq!(auth.tenant(&with("authorization", format!("Bearer {alice}"))), Some("alice"));
-        assert_eq!(auth.tenant(&with("authorization", format!("bearer {bob}"))), Some("bob"));
-        assert_eq!(auth.tenant(&with("x-api-key", bob.clone())), Some("bob"));
+        assert_eq!(auth.tenant(&with("authorization", format!("Bearer {alice}"))), Some("alice".into()));
+        assert_eq!(auth.tenant(&with("authorization", format!("bearer {bob}"))), Some("bob".into()));
+        assert_eq!(auth.tenant(&with("x-api-key", bob.clone())), Some("bob".into()));
         for wrong in [format!("Basic {alice}"), format!("Bearer {alice}x"), "Bearer".into(), String::new()] {
             assert_eq!(auth.tenant(&with("authorization", wrong)), None);
         }

@@ -73,8 +73,8 @@ pub struct State {
     pub settings: Settings,
     /// Who has which sandbox.
     pub sessions: Sessions,
-    /// Who may come in.
-    pub auth: Auth,
+    /// Who may come in; its sender may change it at any time.
+    pub auth: watch::Receiver<Auth>,
     /// Room for bodies.
     pub room: BodyRoom,
     /// What is counted.

@@ -1,5 +1,7 @@
 //! From a request to its handler and back to a response; the same frame for every path.
 
+use std::sync::Arc;
+
 use bytes::Bytes;
 use http_body_util::Full;
 use hyper::body::Incoming;
@@ -58,13 +60,13 @@ async fn route(state: &State, request: Request<Incoming>) -> Result<Answer, Erro
         }
         (("run", None, None), &Method::POST) => {
             let tenant = tenant(state, request.headers())?;
-            handlers::run(state, tenant, request).await
+            handlers::run(state, &tenant, request).await
         }
         (("sessions", Some(user_id), None), &Method::GET) => {
-            handlers::describe_session(state, tenant(state, request.headers())?, user_id)
+            handlers::describe_session(state, &tenant(state, request.headers())?, user_id)
         }
         (("sessions", Some(user_id), None), &Method::DELETE) => {
-            handlers::delete_session(state, tenant(state, request.headers())?, user_id).await
+            handlers::delete_session(state, &tenant(state, request.headers())?, user_id).await
         }
         (("run", None, None), _) => Err(Error::MethodNotAllowed("POST")),
         (("sessions", Some(_), None), _) => Err(Error::MethodNotAllowed("GET, HEAD, DELETE")),
@@ -75,11 +77,12 @@ async fn route(state: &State, request: Request<Incoming>) -> Result<Answer, Erro
     }
 }
 
-fn tenant<'a>(state: &'a State, headers: &HeaderMap) -> Result<&'a str, Error> {
-    if state.auth.is_open() && is_from_a_page(headers) {
+fn tenant(state: &State, headers: &HeaderMap) -> Result<Arc<str>, Error> {
+    let auth = state.auth.borrow();
+    if auth.is_open() && is_from_a_page(headers) {
         return Err(Error::Forbidden);
     }
-    state.auth.tenant(headers).ok_or(Error::Unauthorized)
+    auth.tenant(headers).ok_or(Error::Unauthorized)
 }
 
 /// Any page that a user of this machine opens can send requests to loopback. Browsers say so in these headers,

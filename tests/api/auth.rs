@@ -2,14 +2,14 @@
 
 use serde_json::{Value, json};
 
-use crate::support::{PROGRAM, Server, command_line, header};
+use crate::support::{PROGRAM, Server, command_line, eventually, header};
 
 /// A server that takes the keys of two tenants, and these keys.
 struct Guarded {
     server: Server,
     alice: String,
     bob: String,
-    _directory: tempfile::TempDir,
+    directory: tempfile::TempDir,
 }
 
 /// What `codesandbox key new` prints: the key, and its line for the file.
@@ -28,7 +28,7 @@ fn guarded() -> Guarded {
     std::fs::write(&file, format!("# our tenants\n\n{alice_line}\n{bob_line}\n")).unwrap();
     let file = format!("auth.keys_file=\"{}\"", file.display());
     let server = Server::start(&["--set", "pool.size=1", "--set", "auth.mode=keys", "--set", &file]);
-    Guarded { server, alice, bob, _directory: directory }
+    Guarded { server, alice, bob, directory }
 }
 
 impl Guarded {
@@ -45,6 +45,23 @@ impl Guarded {
         assert_eq!(status, 200, "{answer}");
         answer
     }
+}
+
+#[test]
+fn the_keys_are_read_again_at_sighup_and_a_file_that_is_wrong_changes_nothing() {
+    let guarded = guarded();
+    let file = guarded.directory.path().join("keys");
+    let (carol, carol_line) = new_key("carol");
+    let status = |key: &str| guarded.run(&[("x-api-key", key)], "result = 1").0;
+    assert_eq!((status(&guarded.alice), status(&carol)), (200, 401));
+    std::fs::write(&file, format!("{carol_line}\n")).unwrap();
+    guarded.server.signal(libc::SIGHUP);
+    eventually("the new key", || status(&carol) == 200);
+    assert_eq!(status(&guarded.alice), 401, "a key that is gone opens nothing");
+    std::fs::write(&file, "nonsense\n").unwrap();
+    guarded.server.signal(libc::SIGHUP);
+    eventually("a word on the wrong file", || guarded.server.log().contains("they stay as they were"));
+    assert_eq!(status(&carol), 200);
 }
 
 #[test]
