@@ -606,3 +606,104 @@ fn causes(error: &dyn std::error::Error) -> String {
     }
     text
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::{Value, json};
+
+    fn settings() -> Settings {
+        Settings {
+            url: "unix:///x".into(),
+            instance: "me".into(),
+            image: "python:3.13-alpine".into(),
+            pull: Pull::Never,
+            runtime: Some("runsc".into()),
+            user: None,
+            labels: [("team".into(), "ml".into()), (INSTANCE_LABEL.into(), "forged".into())].into(),
+        }
+    }
+
+    fn request() -> Value {
+        let program = ["python3", "-c", "x"].map(str::to_owned).to_vec();
+        let spec = SandboxSpec { cpus: 0.5, ..SandboxSpec::smallest() };
+        let secret = KeySecret([7; 32]);
+        serde_json::to_value(container_request(&spec, &settings(), &secret, "5:6", program)).unwrap()
+    }
+
+    #[test]
+    fn every_layer_is_asked_for() {
+        let request = request();
+        let host = &request["HostConfig"];
+        for (key, wanted) in [
+            ("Memory", json!(1 << 29)),
+            ("MemorySwap", json!(1 << 29)),
+            ("NanoCpus", json!(500_000_000)),
+            ("PidsLimit", json!(64)),
+            ("CapDrop", json!(["ALL"])),
+            ("Privileged", json!(false)),
+            ("ReadonlyRootfs", json!(true)),
+            ("NetworkMode", json!("none")),
+            ("IpcMode", json!("private")),
+            ("CgroupnsMode", json!("private")),
+            ("LogConfig", json!({"Type": "none"})),
+            ("Runtime", json!("runsc")),
+            ("Init", json!(false)),
+        ] {
+            assert_eq!(host[key], wanted, "{key}");
+        }
+        let profile = host["SecurityOpt"][1].as_str().unwrap().strip_prefix("seccomp=").unwrap();
+        assert_eq!(host["SecurityOpt"][0], "no-new-privileges");
+        assert!(serde_json::from_str::<Value>(profile).unwrap()["syscalls"].is_array(), "inline, not a path");
+        let workspace = host["Tmpfs"]["/workspace"].as_str().unwrap();
+        for option in ["nosuid", "nodev", "size=1048576", "nr_inodes=64", "uid=5", "gid=6"] {
+            assert!(workspace.split(',').any(|given| given == option), "{option}: {workspace}");
+        }
+        let limit = |name: &str| {
+            let all = host["Ulimits"].as_array().unwrap().iter();
+            all.filter(|limit| limit["Name"] == name).map(|limit| limit["Hard"].clone()).collect::<Vec<_>>()
+        };
+        assert_eq!(
+            (limit("nofile"), limit("nproc"), limit("core")),
+            (vec![json!(64)], vec![json!(64)], vec![json!(0)])
+        );
+    }
+
+    #[test]
+    fn nothing_of_the_image_runs_but_its_python() {
+        let request = request();
+        assert_eq!(request["Entrypoint"], json!(["python3"]));
+        assert_eq!(request["Cmd"], json!(["-c", "x"]));
+        assert_eq!(request["Healthcheck"]["Test"], json!(["NONE"]));
+        assert_eq!(request["User"], "5:6");
+        assert_eq!((&request["OpenStdin"], &request["StdinOnce"]), (&json!(true), &json!(false)));
+    }
+
+    #[test]
+    fn our_own_labels_cannot_be_replaced() {
+        let labels = &request()["Labels"];
+        assert_eq!((&labels["team"], &labels[INSTANCE_LABEL]), (&json!("ml"), &json!("me")));
+        assert_eq!(labels[SECRET_LABEL], "07".repeat(32));
+    }
+
+    #[test]
+    fn a_setting_that_the_daemon_denies_is_a_missing_layer() {
+        let (spec, secret) = (SandboxSpec::smallest(), KeySecret([7; 32]));
+        let asked =
+            || container_request(&spec, &settings(), &secret, "5:6", vec!["x".into()]).host_config.unwrap();
+        let missing = |real: HostConfig| -> Vec<_> {
+            let layers = claimed_layers(&spec, &settings(), &secret, &real).into_iter();
+            layers
+                .filter(|layer| layer.state == super::super::LayerState::Unenforced)
+                .map(|l| l.name)
+                .collect()
+        };
+        assert!(missing(asked()).is_empty());
+        assert_eq!(missing(HostConfig { cap_drop: None, ..asked() }), ["capabilities"]);
+        assert_eq!(missing(HostConfig { network_mode: Some("bridge".into()), ..asked() }), ["network"]);
+        assert_eq!(missing(HostConfig { security_opt: None, ..asked() }), ["no_new_privileges", "seccomp"]);
+        assert_eq!(missing(HostConfig { readonly_rootfs: Some(false), ..asked() }), ["root_file_system"]);
+        assert_eq!(missing(HostConfig { tmpfs: None, ..asked() }), ["workspace"]);
+        assert_eq!(missing(HostConfig { log_config: None, ..asked() }), ["logs"]);
+    }
+}

@@ -694,3 +694,72 @@ fn at(failure: Failure, what: impl Into<String>) -> Error {
 fn encoded(name: &str) -> String {
     percent_encoding::utf8_percent_encode(name, percent_encoding::NON_ALPHANUMERIC).to_string()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn request() -> Value {
+        let settings = Settings {
+            url: "unix:///x".into(),
+            instance: "me".into(),
+            image: "python:3.13-alpine".into(),
+            pull: Pull::Never,
+            runtime: None,
+            user: None,
+            labels: [("team".into(), "ml".into())].into(),
+        };
+        let program = ["python3", "-c", "x"].map(str::to_owned).to_vec();
+        let spec = SandboxSpec { cpus: 0.5, ..SandboxSpec::smallest() };
+        container_request(&spec, &settings, &KeySecret([7; 32]), "5:6", "/run/profile.json", program)
+    }
+
+    #[test]
+    fn every_layer_is_asked_for_by_the_names_that_podman_knows() {
+        let request = request();
+        for (key, wanted) in [
+            ("cap_drop", json!(["ALL"])),
+            ("no_new_privileges", json!(true)),
+            ("seccomp_profile_path", json!("/run/profile.json")),
+            ("read_only_filesystem", json!(true)),
+            ("image_volume_mode", json!("ignore")),
+            ("httpproxy", json!(false)),
+            ("log_configuration", json!({"driver": "none"})),
+            ("user", json!("5:6")),
+            ("entrypoint", json!(["python3"])),
+            ("command", json!(["-c", "x"])),
+        ] {
+            assert_eq!(request[key], wanted, "{key}");
+        }
+        for (namespace, mode) in [("netns", "none"), ("ipcns", "private"), ("pidns", "private")] {
+            assert_eq!(request[namespace]["nsmode"], mode, "{namespace}");
+        }
+        let limits = &request["resource_limits"];
+        assert_eq!(limits["memory"], json!({"limit": 1 << 29, "swap": 1 << 29}));
+        assert_eq!(limits["cpu"], json!({"quota": 50_000, "period": 100_000}));
+        assert_eq!(limits["pids"]["limit"], 64);
+        let rlimits = request["r_limits"].as_array().unwrap();
+        assert!(rlimits.contains(&json!({"type": "NPROC", "soft": 64, "hard": 64})), "{rlimits:?}");
+        assert_eq!(request["labels"][INSTANCE_LABEL], "me");
+    }
+
+    #[test]
+    fn what_a_service_tells_of_itself_is_read_as_podman_4_and_5_tell_it() {
+        let info = |version: &str, controllers: Value| {
+            json!({"host": {
+                "cgroupVersion": version, "cgroupControllers": controllers, "security": {"rootless": true},
+                "ociRuntime": {"name": "runc"},
+                "idMappings": {
+                    "uidmap": [{"container_id": 0, "size": 1}, {"container_id": 1, "size": 65536}],
+                    "gidmap": [{"container_id": 0, "size": 1}, {"container_id": 1, "size": 1000}],
+                },
+            }, "version": {"Version": "4.3.1"}})
+        };
+        let host = Host::of(&info("v1", json!([])));
+        assert_eq!((host.version.as_str(), host.rootless, host.subordinate_ids), ("4.3.1", true, 1000));
+        assert!(!host.enforces("memory"));
+        let host = Host::of(&info("v2", json!(["memory", "pids"])));
+        assert!(host.enforces("memory") && !host.enforces("cpu"));
+        assert!(!Host::of(&json!({})).enforces("memory"), "what is not said does not hold");
+    }
+}

@@ -75,8 +75,9 @@ impl Auth {
         let presented = bearer.or_else(|| headers.get("x-api-key")?.to_str().ok())?;
         let hash: [u8; 32] = Sha256::digest(presented.as_bytes()).into();
         // All are looked at, so that the time tells nothing of which one matched.
-        let known =
-            keys.iter().fold(None, |found, key| if bool::from(key.hash.ct_eq(&hash)) { Some(key) } else { found });
+        let known = keys
+            .iter()
+            .fold(None, |found, key| if bool::from(key.hash.ct_eq(&hash)) { Some(key) } else { found });
         known.map(|key| key.tenant.clone())
     }
 }
