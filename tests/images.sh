@@ -79,24 +79,33 @@ podman() { "${as_user[@]}" podman --runroot "$dir/rr" "$@"; }
 
 # --- Bases, as the registries have them
 
-# Only unpacked: no script of a package is run, so what those would make is made here.
+# Only unpacked: no script of a package is run.
+unpack() { # NAME PACKAGES FILE MMDEBSTRAP-OPTION...
+    local name=$1 packages=$2 file=$3
+    shift 3
+    # shellcheck disable=SC2016  # it is mmdebstrap's shell that fills it in
+    TMPDIR=$dir/tmp mmdebstrap --variant=extract --include="$packages" \
+        --setup-hook='mkdir -p "$1/usr/bin" "$1/usr/sbin" "$1/usr/lib" "$1/usr/lib64"
+            for name in bin sbin lib lib64; do ln -s usr/$name "$1/$name"; done' \
+        "$@" trixie "$file" >"$dir/log/$name" 2>&1 || { tail "$dir/log/$name" >&2; return 1; }
+}
+
+# With what those scripts would make, and the certificates that this machine trusts.
 make_base() { # NAME PACKAGES
     local name=$1 packages=$2 file key
-    key=$({ declare -f make_base; echo "$packages"; } | sha256sum | head -c 12)
+    key=$({ declare -f unpack make_base; echo "$packages"; } | sha256sum | head -c 12)
     file=$dir/cache/$name-$key.tar
     if [ ! -e "$file" ]; then
         rm -f "$dir/cache/$name-"*
         # shellcheck disable=SC2016  # it is mmdebstrap's shell that fills it in
-        TMPDIR=$dir/tmp mmdebstrap --variant=extract --include="$packages" \
-            --setup-hook='mkdir -p "$1/usr/bin" "$1/usr/sbin" "$1/usr/lib" "$1/usr/lib64" "$1/tmp" "$1/root"; chmod 1777 "$1/tmp"
-                for name in bin sbin lib lib64; do ln -s usr/$name "$1/$name"; done' \
-            --extract-hook='mkdir -p "$1/etc/ssl/certs"
+        unpack "$name" "$packages" "$file.part.tar" \
+            --extract-hook='mkdir -p "$1/etc/ssl/certs" "$1/root" "$1/tmp"
+                chmod 1777 "$1/tmp"
                 cp /etc/ssl/certs/ca-certificates.crt "$1/etc/ssl/certs/"
                 printf "[global]\ncert = /etc/ssl/certs/ca-certificates.crt\n" >"$1/etc/pip.conf"
                 echo "root:x:0:0:root:/root:/bin/sh" >"$1/etc/passwd"
                 rm -f "$1"/usr/lib/python3*/EXTERNALLY-MANAGED
-                [ ! -e "$1/usr/bin/gcc" ] || ln -s gcc "$1/usr/bin/cc"' \
-            trixie "$file.part.tar" >"$dir/log/base-$name" 2>&1 || { tail "$dir/log/base-$name" >&2; return 1; }
+                [ ! -e "$1/usr/bin/gcc" ] || ln -s gcc "$1/usr/bin/cc"'
         mv "$file.part.tar" "$file"
     fi
     [ "$(podman image inspect -f '{{.Comment}}' "localhost/base/$name" 2>/dev/null)" = "$key" ] ||
@@ -142,7 +151,192 @@ build() { # FILE IMAGE OPTION...
     say "$image: $(podman image inspect -f '{{.Size}}' "$image" | awk '{printf "%.0f MB", $1 / 1e6}')"
 }
 
+# --- The units
+
+# Debian 12's Podman has no Quadlet yet; then that of Debian 13.
+find_quadlet() {
+    local have
+    for have in /usr/libexec/podman/quadlet /usr/lib/podman/quadlet "$dir/cache/quadlet"; do
+        [ ! -x "$have" ] || { quadlet=$have; return; }
+    done
+    unpack podman podman "$dir/cache/podman.tar"
+    tar -xOf "$dir/cache/podman.tar" ./usr/libexec/podman/quadlet >"$dir/cache/quadlet.part"
+    rm "$dir/cache/podman.tar"
+    chmod 755 "$dir/cache/quadlet.part"
+    mv "$dir/cache/quadlet.part" "$dir/cache/quadlet"
+    quadlet=$dir/cache/quadlet
+}
+
+generate() {
+    mkdir -p "$dir/units"
+    QUADLET_UNIT_DIRS=$PWD/config "$quadlet" --dryrun --user 2>"$dir/log/quadlet" |
+        sed '/^---.*---$/d' >"$dir/units/codesandbox.service"
+}
+
+# It succeeds with unknown keys, too, but says so.
+verify() { # OPTION... UNIT
+    local said
+    said=$(XDG_RUNTIME_DIR=$run systemd-analyze verify --man=no "$@" 2>&1) && [ -z "$said" ] || { echo "$said"; return 1; }
+}
+
+# --- The server, by the Quadlet's own command
+
+# What systemd would fill in, another port, and what a machine without control groups version 2 cannot give.
+start_server() { # SERVER-OPTION...
+    local command option
+    command=$(sed -n 's|^ExecStart=/usr/bin/podman ||p' "$dir/units/codesandbox.service" | sed "
+        s|%t/podman/podman.sock|$socket|g
+        s|%t/podman|${socket%/*}|g
+        s|%t|$run|g
+        s|%E|$dir/home|g
+        s|%N|codesandbox|g
+        s|127.0.0.1:5000:|127.0.0.1::|
+        s|--cgroups=split||")
+    # shellcheck disable=SC2086  # its words
+    podman $command --instance "$instance" --allow-unenforced memory,cpus --set pull=never --set pool.size=1 "$@" >/dev/null
+    podman logs --follow "$server" >"$dir/log/server" 2>&1 &
+    url=http://$(podman port "$server" 5000/tcp)
+    for _ in {1..200}; do
+        ! curl -sf "$url/readyz" >/dev/null || return 0
+        sleep 0.1
+    done
+    cat "$dir/log/server" >&2
+    return 1
+}
+
+# As systemd would: its ExecStop.
+stop_server() {
+    podman rm -f -i "$server" >/dev/null
+}
+
+make_key() {
+    local said
+    said=$(podman run --rm localhost/codesandbox key new --tenant images)
+    key=$(sed -n 's/^key.*: //p' <<<"$said")
+    mkdir -p "$dir/home/codesandbox"
+    sed -n 's/^line.*: //p' <<<"$said" >"$dir/home/codesandbox/keys"
+    chown -R "$user:$user" "$dir/home"
+    chmod 600 "$dir/home/codesandbox/keys"
+}
+
+ask() { # PATH CURL-OPTION...
+    local path=$1
+    shift
+    curl -sS --max-time 60 -H "authorization: Bearer $key" "$url$path" "$@"
+}
+
+run_code() { # PYTHON
+    python3 -c 'import json, sys; print(json.dumps({"user_id": "images", "code": sys.argv[1]}))' "$1" |
+        ask /run -X POST -H 'content-type: application/json' -d @-
+}
+
+seed() { # CURL-OPTION...
+    curl -sS --max-time 60 -X POST "$url/run" -H 'content-type: application/json' \
+        -d '{"user_id":"anonymous","code":"result = x + y","data":{"x":1,"y":2}}' "$@"
+}
+
+of_server() { # FIELD: of /proc/PID/status
+    sed -n "s/^$1:[[:space:]]*//p" "/proc/$(podman inspect -f '{{.State.Pid}}' "$server")/status"
+}
+
+uid_inside() { # as the container knows it
+    local pid uid
+    pid=$(podman inspect -f '{{.State.Pid}}' "$server")
+    read -r uid _ < <(of_server Uid)
+    awk -v uid="$uid" 'uid >= $2 && uid < $2 + $3 { print uid - $2 + $1 }' "/proc/$pid/uid_map"
+}
+
+# --- The engine of the tests, which is left as it was
+
+engine() { # PATH CURL-OPTION...
+    local path=$1
+    shift
+    curl -sS -f --unix-socket "$socket" "http://engine/v4.0.0/libpod$path" "$@"
+}
+
+sandboxes() {
+    engine "/containers/json?all=true&filters=%7B%22label%22%3A%5B%22codesandbox.instance%3D$instance%22%5D%7D" |
+        grep -o '"Id":"[0-9a-f]*"' | cut -d'"' -f4
+}
+
+remove_sandboxes() {
+    local id
+    for id in $(sandboxes); do
+        engine "/containers/$id?force=true&timeout=0" -X DELETE >/dev/null
+    done
+}
+
+give_image() { # IMAGE
+    podman save "$1" | engine /images/load -X POST -H 'content-type: application/x-tar' -T - >/dev/null
+    given=$1
+}
+
+given=
+clean_up() {
+    local pid
+    stop_server || true
+    remove_sandboxes || true
+    [ -z "$given" ] || engine "/images/$given?force=true" -X DELETE >/dev/null || true
+    # The process that holds the user namespace of a rootless Podman.
+    pid=$(cat "$run/libpod/tmp/pause.pid" 2>/dev/null) && kill "$pid" || true
+    rm -rf --one-file-system "$dir"/{context,home,units,tun}
+}
+
+# ---
+
+passed=0 failed=0
+check() { # WHAT COMMAND...: succeeds, and is quiet
+    local what=$1 said
+    shift
+    if said=$("$@" 2>&1); then
+        passed=$((passed + 1))
+    else
+        failed=$((failed + 1))
+        echo "not so: $what: $said"
+    fi
+}
+is() { [ "$1" = "$2" ] || { echo "$1, expected $2"; return 1; }; }
+has() { grep -q -- "$2" <<<"$1" || { echo "$1"; return 1; }; }
+
 prepare
-step "bases" make_bases
-step "server's image" build_server
-step "sandboxes' image" build_python
+trap clean_up EXIT
+step "bases made" make_bases
+step "Quadlet found" find_quadlet
+[ -n "${SKIPBUILD:-}" ] || step "server's image built" build_server
+[ -n "${SKIPBUILD:-}" ] || step "sandboxes' image built" build_python
+
+check "the generator takes the Quadlet" generate
+check "it gives a unit without faults" verify --user "$dir/units/codesandbox.service"
+mkdir -p "$dir/units/system"
+sed 's|/usr/local/bin/codesandbox|/bin/true|' config/codesandbox.service >"$dir/units/system/codesandbox.service"
+check "the service has no faults" verify "$dir/units/system/codesandbox.service"
+
+make_key
+step "server started" start_server --set image="$TEST_IMAGE"
+check "the image's user is not root" is "$(podman image inspect -f '{{.User}}' localhost/codesandbox)" 65532:65532
+check "the server is not root" is "$(uid_inside)" 65532
+check "nor outside" is "$(of_server Uid | cut -f1)" "$(id -u "$user")"
+check "it has no capability" is "$(of_server CapBnd)$(of_server CapEff)" 00000000000000000000000000000000
+check "and gets no new one" is "$(of_server NoNewPrivs)" 1
+check "nobody runs code without a key" is "$(seed -o /dev/null -w '%{http_code}')" 401
+check "it answers as the README says" is "$(seed -H "x-api-key: $key")" '{"result":3,"workspace_files":["total 0"]}'
+check "through Podman" has "$(ask /capabilities)" '"driver":"podman"'
+check "behind our seccomp profile" is "$(run_code 'import re; result = re.findall(r"Seccomp:\s+(\d)", open("/proc/self/status").read())')" \
+    '{"result":["2"],"workspace_files":["total 0"]}'
+check "which the server has written" cmp config/seccomp.json "$run/codesandbox/codesandbox-$instance-seccomp.json"
+step "server stopped" stop_server
+check "it stops by itself" has "$(cat "$dir/log/server")" stopped
+remove_sandboxes
+
+step "sandboxes' image given to the engine" give_image localhost/codesandbox-python:latest
+step "server started" start_server --set image=localhost/codesandbox-python
+check "numpy, pandas and matplotlib work" is "$(run_code '
+import numpy, pandas, matplotlib.pyplot as plot
+frame = pandas.DataFrame({"x": numpy.arange(4), "y": numpy.arange(4) ** 2})
+frame.plot(x="x", y="y")
+plot.savefig("plot.png")
+result = [int(frame.y.sum()), open("plot.png", "rb").read(4).decode("latin-1")]
+' | sed 's/,"workspace_files.*//')" '{"result":[14,"\u0089PNG"]'
+
+echo "$passed passed, $failed failed"
+[ "$failed" = 0 ]

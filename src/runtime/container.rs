@@ -48,6 +48,21 @@ pub(super) const OOM_SCORE_ADJ: i64 = 500;
 /// Bytes of one TCP connection's buffers, least, first and most: what no control group may count is small.
 pub(super) const SYSCTLS: [(&str, &str); 2] =
     [("net.ipv4.tcp_rmem", "4096 65536 262144"), ("net.ipv4.tcp_wmem", "4096 65536 262144")];
+/// What of /proc tells of the host: the engines' own list, and `interrupts`, whose counters tell of the others.
+pub(super) const MASKED_PATHS: [&str; 12] = [
+    "/proc/acpi",
+    "/proc/asound",
+    "/proc/interrupts",
+    "/proc/kcore",
+    "/proc/keys",
+    "/proc/latency_stats",
+    "/proc/sched_debug",
+    "/proc/scsi",
+    "/proc/timer_list",
+    "/proc/timer_stats",
+    "/sys/devices/virtual/powercap",
+    "/sys/firmware",
+];
 /// Resource limits that are the same for every sandbox. Message queues and locked memory are outside every
 /// memory limit of ours, so they are small.
 const RESOURCES: [(&str, u64); 3] = [("core", 0), ("memlock", 64 * 1024), ("msgqueue", 0)];

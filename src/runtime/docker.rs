@@ -22,8 +22,8 @@ use bollard::query_parameters::{
 use futures_util::{StreamExt, TryStreamExt};
 
 use super::container::{
-    self, HOSTNAME, INSTANCE_LABEL, LastWords, Mode, Names, OOM_SCORE_ADJ, Output, Program, Pull,
-    SECCOMP_PROFILE, SECRET_LABEL, SYSCTLS, Settings, Uids, WORKSPACE,
+    self, HOSTNAME, INSTANCE_LABEL, LastWords, MASKED_PATHS, Mode, Names, OOM_SCORE_ADJ, Output, Program,
+    Pull, SECCOMP_PROFILE, SECRET_LABEL, SYSCTLS, Settings, Uids, WORKSPACE,
 };
 use super::{
     Engine, Error, Fate, Found, KeySecret, Layer, Limit, Result, Runtime, Sandbox, SandboxId, SandboxSpec,
@@ -112,13 +112,17 @@ fn container_request(
         privileged: Some(false),
         // Files.
         readonly_rootfs: Some(true),
+        masked_paths: Some(MASKED_PATHS.map(str::to_owned).to_vec()),
         tmpfs: Some(HashMap::from([
             (WORKSPACE.into(), tmpfs(spec.workspace_bytes, "0755")),
             ("/tmp".into(), tmpfs(spec.tmp_bytes, "1777")),
             ("/dev/shm".into(), tmpfs(spec.shm_bytes, "1777")),
         ])),
         // Namespaces.
-        network_mode: Some("none".into()),
+        network_mode: Some("none".into()), // and not network_disabled, which leaves out /etc/hosts, too
+        // Not the host's own servers and domain.
+        dns: Some(vec!["127.0.0.1".into()]),
+        dns_search: Some(vec![".".into()]),
         ipc_mode: Some("private".into()),
         cgroupns_mode: Some(HostConfigCgroupnsModeEnum::PRIVATE),
         // Our frames run over stdout: they must not pile up on disk.
@@ -138,7 +142,6 @@ fn container_request(
         working_dir: Some(WORKSPACE.into()),
         hostname: Some(HOSTNAME.into()),
         labels: Some(container::labels(settings, secret).into_iter().collect()),
-        network_disabled: Some(true),
         attach_stdin: Some(true),
         attach_stdout: Some(true),
         attach_stderr: Some(true),

@@ -18,8 +18,8 @@ use serde_json::{Value, json};
 use tokio::sync::OnceCell;
 
 use super::container::{
-    self, HOSTNAME, INSTANCE_LABEL, LastWords, Mode, Names, OOM_SCORE_ADJ, Program, Pull, SECCOMP_PROFILE,
-    SECRET_LABEL, SYSCTLS, Settings, Uids, WORKSPACE,
+    self, HOSTNAME, INSTANCE_LABEL, LastWords, MASKED_PATHS, Mode, Names, OOM_SCORE_ADJ, Program, Pull,
+    SECCOMP_PROFILE, SECRET_LABEL, SYSCTLS, Settings, Uids, WORKSPACE,
 };
 use super::{
     Engine, Error, Fate, Found, KeySecret, Layer, Limit, Result, Runtime, Sandbox, SandboxId, SandboxSpec,
@@ -167,6 +167,7 @@ fn container_request(
         "read_only_filesystem": true,
         "read_write_tmpfs": false,
         "image_volume_mode": "ignore",
+        "mask": MASKED_PATHS,
         "mounts": [
             tmpfs(WORKSPACE, spec.workspace_bytes, "mode=1777"),
             tmpfs("/tmp", spec.tmp_bytes, "mode=1777"),

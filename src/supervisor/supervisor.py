@@ -1054,6 +1054,7 @@ def main():
     for name in ("LD_BIND_NOW", "MALLOC_TOP_PAD_"):  # they were for the start of this process
         os.environ.pop(name, None)
     os.umask(0o022)
+    sys.modules.pop("linecache", None)  # Python 3.13 needs it for -c; its next import is to find the guest's source
     supervisor = Supervisor()
     add_packages()
     warm_up()
