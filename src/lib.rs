@@ -8,7 +8,7 @@
 //! 5  session, reaper          who holds which sandbox, until when
 //! 4  pool, probe              how many exist, which are warm; what this host gives
 //! 3  supervisor               the conversation with one sandbox; deadlines and caps
-//! 2  runtime::{embedded, fake}    the engines; they know floor 1 only, never each other
+//! 2  runtime::{docker, podman, embedded, fake}    the engines; they know floor 1 only, never each other
 //! 1  runtime                  the trait, its contract, the spec, the errors
 //! 0  metrics                  a leaf, handed down; no globals, so tests run in parallel
 //! ```

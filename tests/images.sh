@@ -38,11 +38,11 @@ step() { # NAME COMMAND...
 # --- A rootless Podman whose storage is ours
 
 prepare() {
-    local command packages=()
-    for command in mmdebstrap:mmdebstrap podman:podman slirp4netns:slirp4netns systemd-analyze:systemd; do
-        command -v "${command%:*}" >/dev/null || packages+=("${command#*:}")
+    local want missing=()
+    for want in mmdebstrap:mmdebstrap podman:podman slirp4netns:slirp4netns systemd-analyze:systemd; do
+        command -v "${want%:*}" >/dev/null || missing+=("${want#*:}")
     done
-    [ ${#packages[@]} = 0 ] || DEBIAN_FRONTEND=noninteractive apt-get -qq install -y --no-install-recommends "${packages[@]}" >/dev/null
+    [ ${#missing[@]} = 0 ] || DEBIAN_FRONTEND=noninteractive apt-get -qq install -y --no-install-recommends "${missing[@]}" >/dev/null
     install -d -m 755 "$dir" "$dir/cache" "$dir/log"
     rm -rf --one-file-system "$run" "$dir/rr" "$dir/shm"
     install -d -o "$user" -g "$user" -m 700 "$run" "$run/codesandbox" "$dir/rr" "$dir/shm" "$dir/home" "$dir/tmp"
@@ -117,7 +117,7 @@ make_base() { # NAME PACKAGES
 make_bases() {
     make_base rust gcc,libc6-dev,dash,coreutils
     make_base debian libc6,libgcc-s1
-    make_base python python3,python3-pip,dash
+    make_base python python3,python3-pip,libstdc++6,dash
 }
 
 # --- Building
@@ -176,14 +176,15 @@ generate() {
 # It succeeds with unknown keys, too, but says so.
 verify() { # OPTION... UNIT
     local said
-    said=$(XDG_RUNTIME_DIR=$run systemd-analyze verify --man=no "$@" 2>&1) && [ -z "$said" ] || { echo "$said"; return 1; }
+    said=$(XDG_RUNTIME_DIR=$run systemd-analyze verify --man=no "$@" 2>&1 || echo "it fails")
+    is "$said" ""
 }
 
 # --- The server, by the Quadlet's own command
 
 # What systemd would fill in, another port, and what a machine without control groups version 2 cannot give.
 start_server() { # SERVER-OPTION...
-    local command option
+    local command
     command=$(sed -n 's|^ExecStart=/usr/bin/podman ||p' "$dir/units/codesandbox.service" | sed "
         s|%t/podman/podman.sock|$socket|g
         s|%t/podman|${socket%/*}|g
@@ -195,6 +196,7 @@ start_server() { # SERVER-OPTION...
     # shellcheck disable=SC2086  # its words
     podman $command --instance "$instance" --allow-unenforced memory,cpus --set pull=never --set pool.size=1 "$@" >/dev/null
     podman logs --follow "$server" >"$dir/log/server" 2>&1 &
+    podman wait "$server" >"$dir/log/server-status" 2>&1 &
     url=http://$(podman port "$server" 5000/tcp)
     for _ in {1..200}; do
         ! curl -sf "$url/readyz" >/dev/null || return 0
@@ -207,6 +209,8 @@ start_server() { # SERVER-OPTION...
 # As systemd would: its ExecStop.
 stop_server() {
     podman rm -f -i "$server" >/dev/null
+    rm -f "$run/codesandbox.cid"
+    wait # for those who follow it
 }
 
 make_key() {
@@ -273,13 +277,12 @@ give_image() { # IMAGE
 
 given=
 clean_up() {
-    local pid
     stop_server || true
     remove_sandboxes || true
     [ -z "$given" ] || engine "/images/$given?force=true" -X DELETE >/dev/null || true
     # The process that holds the user namespace of a rootless Podman.
-    pid=$(cat "$run/libpod/tmp/pause.pid" 2>/dev/null) && kill "$pid" || true
-    rm -rf --one-file-system "$dir"/{context,home,units,tun}
+    xargs -r kill <"$run/libpod/tmp/pause.pid" || true
+    (cd "$dir" && rm -rf --one-file-system context home units tun rust)
 }
 
 # ---
@@ -323,19 +326,19 @@ check "it answers as the README says" is "$(seed -H "x-api-key: $key")" '{"resul
 check "through Podman" has "$(ask /capabilities)" '"driver":"podman"'
 check "behind our seccomp profile" is "$(run_code 'import re; result = re.findall(r"Seccomp:\s+(\d)", open("/proc/self/status").read())')" \
     '{"result":["2"],"workspace_files":["total 0"]}'
-check "which the server has written" cmp config/seccomp.json "$run/codesandbox/codesandbox-$instance-seccomp.json"
+check "which the server has written" cmp "$dir/context/config/seccomp.json" "$run/codesandbox/codesandbox-$instance-seccomp.json"
 step "server stopped" stop_server
-check "it stops by itself" has "$(cat "$dir/log/server")" stopped
+check "it stops by itself" is "$(cat "$dir/log/server-status")" 0
 remove_sandboxes
 
 step "sandboxes' image given to the engine" give_image localhost/codesandbox-python:latest
 step "server started" start_server --set image=localhost/codesandbox-python
-check "numpy, pandas and matplotlib work" is "$(run_code '
+check "numpy, pandas and matplotlib work" is "$(run_code 'import time; start = time.time()
 import numpy, pandas, matplotlib.pyplot as plot
 frame = pandas.DataFrame({"x": numpy.arange(4), "y": numpy.arange(4) ** 2})
 frame.plot(x="x", y="y")
 plot.savefig("plot.png")
-result = [int(frame.y.sum()), open("plot.png", "rb").read(4).decode("latin-1")]
+result = [int(frame.y.sum()), open("plot.png", "rb").read(4).decode("latin-1"), time.time()-start]
 ' | sed 's/,"workspace_files.*//')" '{"result":[14,"\u0089PNG"]'
 
 echo "$passed passed, $failed failed"

@@ -68,11 +68,11 @@ pub(super) async fn serve(config: Config) -> Result<ExitCode, Failure> {
 
 /// Who may come in. The keys file is read again at SIGHUP; one that is wrong then leaves the keys as they were.
 fn watched_auth(config: &Config) -> Result<watch::Receiver<Auth>, Failure> {
+    if config.auth.mode == AuthMode::None {
+        return Ok(watch::channel(Auth::Open).1);
+    }
     let file = config.auth.keys_file.clone();
-    let (change, auth) = watch::channel(match config.auth.mode {
-        AuthMode::None => return Ok(watch::channel(Auth::Open).1),
-        AuthMode::Keys => Auth::from_file(&file)?,
-    });
+    let (change, auth) = watch::channel(Auth::from_file(&file)?);
     let mut hangup = signal(SignalKind::hangup())?;
     let reload = async move {
         while hangup.recv().await.is_some() {

@@ -39,6 +39,8 @@ const CLIENT_TIMEOUT_S: u64 = 120;
 const PROGRESS: Duration = Duration::from_secs(2);
 /// A removal that somebody else has begun is looked at again.
 const REMOVAL_PAUSE: Duration = Duration::from_millis(50);
+/// Over a volume that the image declares: Docker would make a directory on disk for it, without any limit.
+const NO_VOLUME: &str = "ro,noexec,nosuid,nodev,size=4096";
 /// Uids that neither systemd nor useradd hands out; see `runtime::embedded`'s own range, which is beside it.
 const UIDS: (u32, u32) = (2_100_000_000, 40_000_000);
 /// Where the daemon maps uids (userns-remap, or rootless), these are what it has to map.
@@ -69,6 +71,8 @@ struct Inner {
     names: Names,
     secret: KeySecret,
     info: SystemInfo,
+    /// Where the image declares volumes.
+    volumes: Vec<String>,
     uids: Uids,
     /// Of the containers that this process attached to.
     last_words: Mutex<HashMap<SandboxId, LastWords>>,
@@ -178,7 +182,7 @@ impl Docker {
         let info =
             within("ask for its properties", client.info()).await.map_err(|e| unusable(e.to_string()))?;
         check_runtime(&info, &settings)?;
-        ensure_image(&client, &settings).await?;
+        let volumes = ensure_image(&client, &settings).await?;
         let left = listed(&client, &settings.instance).await?;
         let (first, many) = if maps_uids(&info) { MAPPED_UIDS } else { UIDS };
         let mut inner = Inner {
@@ -188,6 +192,7 @@ impl Docker {
             program: Program::new(supervisor),
             secret: secret_of(&left),
             info,
+            volumes,
             uids: Uids::new(first, many),
             last_words: Mutex::default(),
         };
@@ -241,20 +246,30 @@ fn check_runtime(info: &SystemInfo, settings: &Settings) -> Result<()> {
     })
 }
 
-async fn ensure_image(client: &Client, settings: &Settings) -> Result<()> {
+/// Sees to it that the image is there; gives the volumes that it declares.
+async fn ensure_image(client: &Client, settings: &Settings) -> Result<Vec<String>> {
     let image = &settings.image;
-    let here = match within("look for the image", client.inspect_image(image)).await {
-        Ok(_) => true,
-        Err(Failure::Client(ClientError::DockerResponseServerError { status_code: 404, .. })) => false,
-        Err(failure) => return Err(failure.at(format!("look for the image {image}"))),
-    };
+    let mut here = look_for(client, image).await?;
     match settings.pull {
-        Pull::Always => pull(client, image).await,
-        Pull::Missing if !here => pull(client, image).await,
-        Pull::Never if !here => {
-            Err(container::image_missing(DRIVER, image, "the daemon has no such image, and pull = \"never\""))
+        Pull::Always => here = None,
+        Pull::Never if here.is_none() => {
+            let why = "the daemon has no such image, and pull = \"never\"";
+            return Err(container::image_missing(DRIVER, image, why));
         }
-        Pull::Missing | Pull::Never => Ok(()),
+        Pull::Missing | Pull::Never => {}
+    }
+    if here.is_none() {
+        pull(client, image).await?;
+        here = look_for(client, image).await?;
+    }
+    here.ok_or_else(|| container::image_missing(DRIVER, image, "it was pulled, and is not there"))
+}
+
+async fn look_for(client: &Client, image: &str) -> Result<Option<Vec<String>>> {
+    match within("look for the image", client.inspect_image(image)).await {
+        Ok(found) => Ok(Some(found.config.and_then(|config| config.volumes).unwrap_or_default())),
+        Err(Failure::Client(ClientError::DockerResponseServerError { status_code: 404, .. })) => Ok(None),
+        Err(failure) => Err(failure.at(format!("look for the image {image}"))),
     }
 }
 
@@ -318,7 +333,12 @@ impl Inner {
 
     async fn make(&self, name: String, spec: &SandboxSpec, program: Vec<String>) -> Result<Sandbox> {
         let user = self.settings.user.clone().unwrap_or_else(|| self.uids.next());
-        let request = container_request(spec, &self.settings, &self.secret, &user, program);
+        let mut request = container_request(spec, &self.settings, &self.secret, &user, program);
+        if let Some(tmpfs) = request.host_config.as_mut().and_then(|config| config.tmpfs.as_mut()) {
+            for volume in &self.volumes {
+                tmpfs.entry(volume.clone()).or_insert_with(|| NO_VOLUME.into());
+            }
+        }
         let options = CreateContainerOptionsBuilder::default().name(&name).build();
         let created = within("create", self.client.create_container(Some(options), request)).await;
         let made = match created {
@@ -452,7 +472,7 @@ fn claimed_layers(
         true => Layer::on(name, by),
         false => Layer::missing(name, "the daemon says that the sandbox does not have it"),
     };
-    let tmpfs = real.tmpfs.as_ref().map_or(0, HashMap::len);
+    let mounted = |place: &String| real.tmpfs.as_ref().is_some_and(|tmpfs| tmpfs.contains_key(place));
     let logs = real.log_config.as_ref().and_then(|config| config.typ.as_deref());
     vec![
         layer("user", true, "not root"),
@@ -460,7 +480,11 @@ fn claimed_layers(
         layer("no_new_privileges", real.security_opt == asked.security_opt, "no-new-privileges"),
         layer("seccomp", real.security_opt == asked.security_opt, "config/seccomp.json"),
         layer("root_file_system", real.readonly_rootfs == asked.readonly_rootfs, "read-only"),
-        layer("workspace", tmpfs == 3, "tmpfs with size and inode limits"),
+        layer(
+            "workspace",
+            asked.tmpfs.unwrap_or_default().keys().all(mounted),
+            "tmpfs with size and inode limits",
+        ),
         layer("network", real.network_mode == asked.network_mode, "a namespace with nothing but lo"),
         layer("logs", logs == Some("none"), "none are kept"),
         layer("supervisor", true, "not dumpable"),

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 const FLOORS: [&[&str]; 7] = [
     &["metrics"],
     &["runtime"],
-    &["runtime::embedded", "runtime::fake"],
+    &["runtime::docker", "runtime::embedded", "runtime::fake", "runtime::podman"],
     &["supervisor"],
     &["pool", "probe"],
     &["session", "reaper"],

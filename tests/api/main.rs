@@ -9,6 +9,7 @@ mod http;
 mod image;
 mod isolation;
 mod lifecycle;
+mod probe;
 mod sessions;
 mod supervisor;
 mod support;
