@@ -4,10 +4,10 @@
     cargo build --release && tests/engines.sh run python3 benches/engines.py [--quick]
 
 The image with Python 3.11 against Debian 12's own: the same interpreter on every driver. Each engine's floor
-is its own create and start of a container that does nothing, over the same socket. Root.
+is its own create and start of a container with the very same settings, which does nothing. Root.
 """
 
-import argparse, http.client, json, os, socket, sys, time
+import argparse, http.client, json, os, socket, sys, time, urllib.parse
 
 from measure import Client, Server, median, p50_ms, timed
 
@@ -32,7 +32,7 @@ class Engine(http.client.HTTPConnection):
         answer = self.getresponse()
         text = answer.read()
         assert answer.status < 300, (path, answer.status, text)
-        return json.loads(text) if text.startswith(b"{") else None
+        return json.loads(text) if text[:1] in (b"{", b"[") else None
 
     def create_and_start(self, body):
         begun = time.perf_counter()
@@ -43,23 +43,53 @@ class Engine(http.client.HTTPConnection):
         return spent
 
 
-def docker():
-    url = os.environ["TEST_DOCKER_HOST"]
-    bare = {"Image": IMAGE, "Entrypoint": IDLE, "HostConfig": {"NetworkMode": "none", "LogConfig": {"Type": "none"}}}
-    flags = ["--driver", "docker", "--set", "docker.url=" + url, "--set", "image=" + IMAGE]
-    return Engine(url, "/v1.41"), bare, flags, ()
+class Docker:
+    name = "docker"
+
+    def __init__(self):
+        url = os.environ["TEST_DOCKER_HOST"]
+        self.engine, self.prefix = Engine(url, "/v1.41"), ()
+        self.flags = ["--driver", "docker", "--set", "docker.url=" + url, "--set", "image=" + IMAGE]
+
+    def idle(self):
+        """As a sandbox that is there, but for its program."""
+        ours = "/containers/json?filters=" + urllib.parse.quote('{"label":["codesandbox.instance=default"]}')
+        found = self.engine.call("GET", "/containers/%s/json" % self.engine.call("GET", ours)[0]["Id"])
+        changed = {"Entrypoint": IDLE, "Cmd": [], "Labels": {}, "HostConfig": found["HostConfig"]}
+        return {**found["Config"], **changed}
 
 
-def podman():
-    import pwd
+class Podman:
+    name = "podman"
 
-    url, user = os.environ["TEST_PODMAN_HOST"], pwd.getpwnam(os.environ["TEST_PODMAN_USER"])
-    bare = {"image": IMAGE, "entrypoint": IDLE, "netns": {"nsmode": "none"}, "log_configuration": {"driver": "none"}}
-    flags = ["--driver", "podman", "--set", "podman.url=" + url, "--set", "image=" + IMAGE]
-    flags += ["--allow-unenforced", "memory,cpus"]  # what rootless Podman lacks under cgroup v1
-    runtime = os.path.join(os.path.dirname(url[len("unix://") :]), "run")
-    prefix = ["setpriv", "--reuid=%d" % user.pw_uid, "--regid=%d" % user.pw_gid, "--clear-groups"]
-    return Engine(url, "/v4.0.0/libpod"), bare, flags, [*prefix, "env", "XDG_RUNTIME_DIR=" + runtime]
+    def __init__(self):
+        import pwd
+
+        url, user = os.environ["TEST_PODMAN_HOST"], pwd.getpwnam(os.environ["TEST_PODMAN_USER"])
+        self.engine = Engine(url, "/v4.0.0/libpod")
+        self.flags = ["--driver", "podman", "--set", "podman.url=" + url, "--set", "image=" + IMAGE]
+        self.flags += ["--allow-unenforced", "memory,cpus"]  # what rootless Podman lacks under cgroup v1
+        self.runtime = os.path.join(os.path.dirname(url[len("unix://") :]), "run")
+        self.prefix = ["setpriv", "--reuid=%d" % user.pw_uid, "--regid=%d" % user.pw_gid, "--clear-groups"]
+        self.prefix += ["env", "XDG_RUNTIME_DIR=" + self.runtime]
+
+    def idle(self):
+        """As `container_request` in src/runtime/podman.rs has it: Podman's inspect gives back less."""
+        options = ["rw", "exec", "nosuid", "nodev", "size=64m", "mode=1777"]
+        tmpfs = [{"destination": place, "type": "tmpfs", "source": "tmpfs", "options": options}
+                 for place in ("/workspace", "/tmp", "/dev/shm")]
+        limits = [{"type": name, "soft": most, "hard": most}
+                  for name, most in (("CORE", 0), ("MEMLOCK", 65536), ("MSGQUEUE", 0), ("NOFILE", 1024), ("NPROC", 64))]
+        private = {"nsmode": "private"}
+        return {
+            "image": IMAGE, "entrypoint": IDLE, "command": [], "user": "10000:10000", "stdin": True, "systemd": "false",
+            "httpproxy": False, "cap_drop": ["ALL"], "no_new_privileges": True, "read_only_filesystem": True,
+            "seccomp_profile_path": self.runtime + "/codesandbox-default-seccomp.json", "image_volume_mode": "ignore",
+            "mounts": tmpfs, "r_limits": limits, "work_dir": "/workspace", "netns": {"nsmode": "none"},
+            "sysctl": {"net.ipv4.tcp_rmem": "4096 65536 262144", "net.ipv4.tcp_wmem": "4096 65536 262144"},
+            "ipcns": private, "pidns": private, "utsns": private, "cgroupns": private,
+            "oom_score_adj": 500, "use_image_resolve_conf": True, "log_configuration": {"driver": "none"},
+        }
 
 
 def row(name, ours, other, goal):
@@ -68,9 +98,9 @@ def row(name, ours, other, goal):
         name, median(ours), median(other), median(ratios), min(ratios), max(ratios), goal), flush=True)
 
 
-def warm(name, flags, prefix, rounds, count):
+def warm(driver, rounds, count):
     embedded = Server("--set", "embedded.python=" + EMBEDDED_PYTHON)
-    server = Server(*flags, prefix=prefix)
+    server = Server(*driver.flags, prefix=driver.prefix)
     clients = [Client(embedded, "warm"), Client(server, "warm")]
     for client in clients:
         timed(client, 50, 0.002)
@@ -79,26 +109,28 @@ def warm(name, flags, prefix, rounds, count):
         for _ in range(rounds):
             for client, spent in zip(clients, times):
                 spent.append(p50_ms(timed(client, count, pause)))
-        row("%s: warm run, %s, to embedded" % (name, what), times[1], times[0], "<= 1.3")
+        row("%s: warm run, %s, to embedded" % (driver.name, what), times[1], times[0], "<= 1.3")
     for client in clients:
         client.stop()
     server.stop(), embedded.stop()
 
 
-def first(name, engine, bare, flags, prefix, rounds, count):
-    server = Server(*flags, "--set", "pool.size=0", prefix=prefix)
+def first(driver, rounds, count):
+    server = Server(*driver.flags, "--set", "pool.size=0", prefix=driver.prefix)
+    Client(server, "first").run()
+    idle = driver.idle()
     ours, theirs, number = [], [], 0
     for _ in range(rounds):
         spent, floor = [], []
         for _ in range(count):
-            floor.append(engine.create_and_start(bare))
+            floor.append(driver.engine.create_and_start(idle))
             number += 1
             client = Client(server, "first%d" % number)
             spent.extend(timed(client, 1, 0))
             client.stop()
         ours.append(p50_ms(spent))
         theirs.append(p50_ms(floor))
-    row("%s: first run, to create + start" % name, ours, theirs, "<= 1.15")
+    row("%s: first run, to create + start" % driver.name, ours, theirs, "<= 1.15")
     server.stop()
 
 
@@ -110,10 +142,11 @@ def main():
     if not IMAGE:
         sys.exit("no engines: tests/engines.sh run python3 benches/engines.py")
     rounds, count = (3, 60) if arguments.quick else (9, 150)
-    for name in arguments.engines:
-        engine, bare, flags, prefix = {"docker": docker, "podman": podman}[name]()
-        warm(name, flags, prefix, rounds, count)
-        first(name, engine, bare, flags, prefix, rounds, 4 if arguments.quick else 10)
+    for driver in (Docker, Podman):
+        if driver.name in arguments.engines:
+            driver = driver()
+            warm(driver, rounds, count)
+            first(driver, rounds, 4 if arguments.quick else 10)
 
 
 main()

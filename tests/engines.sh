@@ -98,14 +98,14 @@ python_key() { # PYTHON:SUITE
 python_file() { echo "$dir/cache/python-${1%:*}-$(python_key "$1").tar"; } # PYTHON:SUITE
 
 # Without the compiled files every first reply takes a tenth of a second longer. `python3-minimal` would lack ctypes,
-# resource, mmap and asyncio.
+# resource, mmap and asyncio. Hostile programs start a shell and its tools.
 make_python() { # PYTHON:SUITE
     local python=${1%:*} suite=${1#*:} file
     file=$(python_file "$1")
     [ ! -e "$file" ] || return 0
     rm -f "$dir/cache/python-$python-"*
     # shellcheck disable=SC2016  # it is mmdebstrap's shell that fills it in
-    debootstrap "python-$python" "$suite" "$file.part.tar" --include=python3 \
+    debootstrap "python-$python" "$suite" "$file.part.tar" --include=python3,dash,coreutils \
         --extract-hook='chroot "$1" python3 -I -S -m compileall -q --invalidation-mode unchecked-hash \
             /usr/lib/python'"$python" || return 1
     mv "$file.part.tar" "$file"

@@ -30,6 +30,10 @@ use raw::{Failure, Raw, Refusal};
 const DRIVER: &str = "podman";
 /// A call that takes longer has failed; only a pull may.
 const CALL_TIMEOUT: Duration = Duration::from_secs(20);
+/// An attach that comes before conmon's socket is there is tried again, that often and that much later.
+const ATTACH_ATTEMPTS: u32 = 50;
+/// See `ATTACH_ATTEMPTS`.
+const ATTACH_PAUSE: Duration = Duration::from_millis(20);
 /// In which a container that loses its stdin has ended: a guess, a hundred times what it takes.
 const EOF_WAIT: Duration = Duration::from_secs(3);
 /// The first uid and gid of a sandbox, in the user namespace that all of this engine's containers are in.
@@ -400,8 +404,20 @@ impl Inner {
         self.last_words().insert(id.clone(), words.clone());
         let path =
             format!("/containers/{id}/attach?stream=true&stdin=true&stdout=true&stderr=true&logs=false");
-        let attached = within("attach", self.raw.stream(&path, &Value::Null, words)).await;
-        let stream = attached.map_err(|failure| of(failure, id, "attach to"))?;
+        let mut attempts = ATTACH_ATTEMPTS;
+        let stream = loop {
+            match within("attach", self.raw.stream(&path, &Value::Null, words.clone())).await {
+                Ok(stream) => break stream,
+                // A busy conmon makes its socket after Podman has said that the container is there.
+                Err(Failure::Refused(Refusal { message, .. }))
+                    if attempts > 0 && message.contains("attach socket") =>
+                {
+                    attempts -= 1;
+                    tokio::time::sleep(ATTACH_PAUSE).await;
+                }
+                Err(failure) => return Err(of(failure, id, "attach to")),
+            }
+        };
         Ok(Sandbox { id: id.clone(), stream })
     }
 

@@ -2,9 +2,7 @@
 
 mod auth;
 mod command_line;
-mod contract;
 mod floors;
-mod hostile;
 mod http;
 mod image;
 mod isolation;

@@ -42,7 +42,8 @@ impl Server {
         Server::spawn(command, Some(directory))
     }
 
-    fn spawn(mut command: Command, directory: Option<tempfile::TempDir>) -> Server {
+    /// Any command line of the program; the directory goes with the server.
+    pub(crate) fn spawn(mut command: Command, directory: Option<tempfile::TempDir>) -> Server {
         command
             .args(["--listen", "127.0.0.1:0"])
             .stdin(Stdio::null())
@@ -89,7 +90,7 @@ impl Server {
             body[key] = value.clone();
         }
         let (status, answer) = self.post(body.to_string());
-        assert_eq!(status, 200, "{answer}");
+        assert_eq!(status, 200, "{answer}: {}", self.log());
         answer
     }
 

@@ -75,6 +75,8 @@ pub struct Embedded(Arc<Inner>);
 #[derive(Debug)]
 struct Inner {
     settings: Settings,
+    /// No sandbox outlives this server.
+    secret: KeySecret,
     supervisor: &'static str,
     python: python::Python,
     /// Before the groups: the launcher has to be gone when they are removed.
@@ -105,6 +107,7 @@ impl Embedded {
         let groups = Hierarchy::find(&settings.instance);
         let embedded = Embedded(Arc::new(Inner {
             settings,
+            secret: KeySecret::random(),
             supervisor,
             python,
             groups,
@@ -314,7 +317,7 @@ impl Runtime for Embedded {
     }
 
     fn secret(&self) -> KeySecret {
-        KeySecret::random() // no sandbox outlives this server
+        self.0.secret.clone()
     }
 
     async fn probe(&self, _first: &SandboxId, _spec: &SandboxSpec) -> Result<Engine> {

@@ -1,13 +1,14 @@
-//! Programs that mean harm, each with the outcome that it must have and no other, on a server that runs as
-//! root and on one of an ordinary user. After each, the same user and another one compute x + y as ever.
+//! Programs that mean harm, each with the outcome that it must have and no other. After each, the same user and
+//! another one compute x + y as ever.
 
-use std::sync::Mutex;
+use std::collections::HashSet;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
-use crate::support::{Server, is_root};
+use crate::behaviour::Behaviour;
+use crate::drivers::Driver;
 
 /// Small, so that filling something takes no time.
 const LIMITS: [&str; 8] = [
@@ -20,8 +21,8 @@ const LIMITS: [&str; 8] = [
     "--set",
     "limits.shm=16MiB",
 ];
-/// The table's rows at once: the machine is to be busy, not swamped.
-const THREADS: usize = 4;
+/// Other users, who go on computing meanwhile.
+const NEIGHBOURS: usize = 4;
 /// Beyond its time a run has the grace (2 s), and the machine is busy.
 const LATE: Duration = Duration::from_secs(6);
 /// The caps on what a run says of its own failure (64 KiB), escapes and the words around them included.
@@ -92,8 +93,12 @@ struct Program {
     name: &'static str,
     code: &'static str,
     expect: Expect,
-    /// Where an ordinary user's server, without a control group, gives another outcome.
-    expect_without_group: Option<Expect>,
+    /// Where no control group limits memory, and this gives another outcome.
+    without_group: Option<Expect>,
+    /// Where a file system is root's, and nothing but memory bounds its inodes.
+    on_roots_tmpfs: Option<Expect>,
+    /// In a container, whose image is its own.
+    in_a_container: Option<Expect>,
     timeout_ms: u64,
     stdout: Option<&'static str>,
     stderr: Option<&'static str>,
@@ -109,7 +114,9 @@ fn program(name: &'static str, expect: Expect, code: &'static str) -> Program {
         name,
         code,
         expect,
-        expect_without_group: None,
+        without_group: None,
+        on_roots_tmpfs: None,
+        in_a_container: None,
         timeout_ms: 10_000,
         stdout: None,
         stderr: None,
@@ -126,7 +133,13 @@ fn endless(name: &'static str, code: &'static str) -> Program {
 
 impl Program {
     fn without_group(self, expect: Expect) -> Program {
-        Program { expect_without_group: Some(expect), ..self }
+        Program { without_group: Some(expect), ..self }
+    }
+    fn on_roots_tmpfs(self, expect: Expect) -> Program {
+        Program { on_roots_tmpfs: Some(expect), ..self }
+    }
+    fn in_a_container(self, expect: Expect) -> Program {
+        Program { in_a_container: Some(expect), ..self }
     }
     fn prints(self, stdout: &'static str) -> Program {
         Program { stdout: Some(stdout), ..self }
@@ -195,7 +208,8 @@ fn bombs() -> Vec<Program> {
         program("memory_by_the_workspace", Gives("\"ENOSPC\""), "def fill():\n with open('x', 'wb', 0) as f:\n  while f.write(bytes(1 << 20)): pass\nresult = refused(fill)"),
         program("memory_by_tmp", Gives("\"ENOSPC\""), "def fill():\n with open('/tmp/x', 'wb', 0) as f:\n  while f.write(bytes(1 << 20)): pass\nresult = refused(fill)"),
         program("all_file_systems_full_at_once", Gives("[\"ENOSPC\",\"ENOSPC\",\"ENOSPC\"]"), "def fill(p):\n with open(p, 'wb', 0) as f:\n  while f.write(bytes(1 << 20)): pass\nresult = [refused(fill, p + '/x') for p in ('/workspace', '/tmp', '/dev/shm')]"),
-        program("inodes", Gives("\"ENOSPC\""), "os.mkdir('d')\ndef fill():\n for n in range(20000): os.close(os.open('d/%d' % n, os.O_CREAT | os.O_WRONLY))\nresult = refused(fill)"),
+        program("inodes", Gives("\"ENOSPC\""), "os.mkdir('d')\ndef fill():\n for n in range(20000): os.close(os.open('d/%d' % n, os.O_CREAT | os.O_WRONLY))\nresult = refused(fill)")
+            .on_roots_tmpfs(Gives("\"works\"")),
         program("sparse_file", Gives("[268435456,0]"), "with open('sparse', 'wb') as f: f.truncate(1 << 28)\ns = os.stat('sparse')\nresult = [s.st_size, s.st_blocks]"),
         program("sparse_file_of_a_tebibyte", OneOf(&["ok", "raised"]), "with open('sparse', 'wb') as f: f.truncate(1 << 40)\nresult = os.stat('sparse').st_blocks"),
         program("memory_by_pipes", OneOf(&["ok", "out_of_memory"]), "import fcntl\npipes = []\ntry:\n while True:\n  r, w = os.pipe(); pipes.append((r, w)); os.set_blocking(w, False)\n  try: fcntl.fcntl(w, 1031, 1 << 20)\n  except OSError: pass\n  try:\n   while True: os.write(w, bytes(65536))\n  except BlockingIOError: pass\nexcept OSError as e: result = e.errno == errno.EMFILE"),
@@ -408,7 +422,8 @@ fn attacks_on_pid_1() -> Vec<Program> {
             "the_interpreter_of_pid_1_is_unreadable",
             Gives("[\"EACCES\",true]"),
             "result = [refused(open, '/run/codesandbox/python', 'rb'), refused(os.chmod, '/run/codesandbox/python', 0o777) in ('EROFS', 'EPERM')]",
-        ),
+        )
+        .in_a_container(Gives("[\"ENOENT\",false]")),
     ]
 }
 
@@ -487,7 +502,7 @@ fn escapes() -> Vec<Program> {
         program(
             "writing_where_nobody_may",
             Gives("[]"),
-            "def put(p):\n with open(p, 'w') as f: f.write('x')\npaths = '/x /usr/x /etc/x /etc/passwd /dev/x /run/x /run/codesandbox/x /run/codesandbox/supervisor.pyc /bin/sh /lib/x /proc/sys/kernel/hostname /proc/sys/kernel/core_pattern /proc/sysrq-trigger /proc/sys/user/max_user_namespaces /sys/x /proc/self/uid_map'.split()\nresult = [p for p in paths if refused(put, p) not in ('EROFS', 'EACCES', 'EPERM', 'ENOENT')]",
+            "def put(p):\n with open(p, 'w') as f: f.write('x')\npaths = '/x /usr/x /etc/x /etc/passwd /dev/x /run/x /run/codesandbox/x /run/codesandbox/supervisor.pyc /bin/sh /lib/x /proc/sys/kernel/hostname /proc/sys/kernel/core_pattern /proc/sysrq-trigger /proc/sys/user/max_user_namespaces /sys/x /sys/fs/cgroup/x /proc/self/uid_map'.split()\nresult = [p for p in paths if refused(put, p) not in ('EROFS', 'EACCES', 'EPERM', 'ENOENT')]",
         ),
         program(
             "device_nodes",
@@ -501,8 +516,8 @@ fn escapes() -> Vec<Program> {
         ),
         program(
             "a_set_uid_file_of_its_own",
-            Gives("[0,1000]"),
-            "import shutil, subprocess\nshutil.copy('/bin/sh', 'sh'); os.chmod('sh', 0o6755)\nresult = [0, int(subprocess.run(['./sh', '-c', 'id -u'], capture_output=True).stdout)]",
+            Gives("[0,true]"),
+            "import shutil, subprocess\nshutil.copy('/bin/sh', 'sh'); os.chmod('sh', 0o6755)\nresult = [0, int(subprocess.run(['./sh', '-c', 'id -u'], capture_output=True).stdout) == os.getuid()]",
         ),
         program(
             "a_core_dump",
@@ -532,9 +547,12 @@ fn files() -> Vec<Program> {
         program("names_of_255_bytes", Gives("1"), "for n in range(300): open(('%03d' % n) + '\\x01' * 252, 'w')\nresult = 1"),
         program("directories_deeper_than_a_path", Gives("true"), "deep = 0\nfor deep in range(1500): os.mkdir('d' * 20); os.chdir('d' * 20)\nresult = deep > 1000"),
         program("directories_that_nobody_may_read", Gives("1"), "os.makedirs('a/b'); os.chmod('a', 0)\nopen('f', 'w'); os.chmod('f', 0)\nresult = 1"),
-        program("the_workspace_itself_that_nobody_may_enter", Gives("1"), "os.chmod('/workspace', 0)\nresult = 1"),
-        program("the_workspace_that_nobody_may_list", Gives("1"), "open('a', 'w'); os.chmod('/workspace', 0o300)\nresult = 1"),
-        program("tmp_and_shm_that_nobody_may_enter", Gives("1"), "os.chmod('/tmp', 0); os.chmod('/dev/shm', 0)\nresult = 1"),
+        program("the_workspace_itself_that_nobody_may_enter", Gives("1"), "os.chmod('/workspace', 0)\nresult = 1")
+            .on_roots_tmpfs(Kind("raised")),
+        program("the_workspace_that_nobody_may_list", Gives("1"), "open('a', 'w'); os.chmod('/workspace', 0o300)\nresult = 1")
+            .on_roots_tmpfs(Kind("raised")),
+        program("tmp_and_shm_that_nobody_may_enter", Gives("1"), "os.chmod('/tmp', 0); os.chmod('/dev/shm', 0)\nresult = 1")
+            .on_roots_tmpfs(Kind("raised")),
         program("the_workspace_renamed_and_removed", Gives("[true,true]"), "result = [refused(os.rename, '/workspace', '/tmp/w') in ('EBUSY', 'EROFS', 'EXDEV'), refused(os.rmdir, '/workspace') in ('EBUSY', 'EROFS')]"),
         program("files_20_000", OneOf(&["ok"]), "import itertools\ntry:\n for n in range(20000): os.symlink('x', 'l%d' % n)\nexcept OSError: pass\nresult = 1")
             .cuts(&["workspace_files"]),
@@ -706,16 +724,26 @@ impl Program {
         Program { timeout_ms: 600, ..self }
     }
 
+    fn expected_on(&self, driver: &Driver) -> Expect {
+        let otherwise = [
+            (driver.limits_memory(), self.without_group),
+            (driver.sets_up_tmpfs(), self.on_roots_tmpfs),
+            (driver.is_embedded(), self.in_a_container),
+        ];
+        let other = otherwise.into_iter().find_map(|(as_usual, expect)| expect.filter(|_| !as_usual));
+        other.unwrap_or(self.expect)
+    }
+
     /// What is wrong with the answer, if anything.
-    fn judge(&self, answer: &Value, took: Duration, grouped: bool) -> Vec<String> {
+    fn judge(&self, answer: &Value, took: Duration, driver: &Driver) -> Vec<String> {
         let mut wrong = Vec::new();
         let mut check = |holds: bool, what: String| {
             if !holds {
-                wrong.push(format!("{}: {what}", self.name));
+                wrong.push(what);
             }
         };
         let kind = answer["error_detail"]["kind"].as_str();
-        let expect = if grouped { self.expect } else { self.expect_without_group.unwrap_or(self.expect) };
+        let expect = self.expected_on(driver);
         let short = brief(answer);
         match expect {
             Gives(text) => {
@@ -762,75 +790,54 @@ fn outcome_kinds() -> &'static str {
     lines.find(|line| line.starts_with("RESULT, ERROR = ")).expect("supervisor.py numbers the outcomes")
 }
 
-/// Runs a program as a user of its own, then what must still work; gives what is wrong.
-fn attempt(server: &Server, program: &Program, neighbour: &str, grouped: bool) -> Vec<String> {
+/// Runs a program as a user of its own, then what must still work.
+fn attempt(driver: &Driver, program: &Program) {
+    static NEXT: AtomicUsize = AtomicUsize::new(0);
+    let neighbour = format!("neighbour-{}", NEXT.fetch_add(1, Ordering::Relaxed) % NEIGHBOURS);
+    let (server, _) = driver.server(&LIMITS);
     let plus = json!({"data": {"x": 1, "y": 2}});
     let port: u16 = server.address.rsplit(':').next().unwrap().parse().unwrap();
     let fields = json!({"timeout_ms": program.timeout_ms, "data": {"port": port}});
+    server.run(program.name, "pass"); // its sandbox is there: what is timed is the program
     let begun = Instant::now();
     let answer =
         server.run_with(program.name, &format!("{}{PRELUDE}{}", outcome_kinds(), program.code), fields);
-    let mut wrong = program.judge(&answer, begun.elapsed(), grouped);
-    for (user, whose) in [(program.name, "the same user"), (neighbour, "another user")] {
+    let mut wrong = program.judge(&answer, begun.elapsed(), driver);
+    for (user, whose) in [(program.name, "the same user"), (neighbour.as_str(), "another user")] {
         let answer = server.run_with(user, "result = x + y", plus.clone());
         if answer["result"] != 3 || answer.get("error").is_some() || answer.get("session").is_some() {
-            wrong.push(format!("{}: afterwards {whose} got {}", program.name, brief(&answer)));
+            wrong.push(format!("afterwards {whose} got {}", brief(&answer)));
         }
     }
     let (status, _, text) = server.request("DELETE", &format!("/sessions/{}", program.name), &[], "");
     if status != 204 {
-        wrong.push(format!("{}: DELETE gave {status}: {text}", program.name));
+        wrong.push(format!("DELETE gave {status}: {text}"));
     }
-    wrong
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
 }
 
-/// The whole table, on one server after the other: two of them would swamp a small machine.
-fn attempt_all(start: impl Fn() -> Server, grouped: bool) {
-    static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
-    let _turn = ONE_AT_A_TIME.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-    let server = &start();
-    let (programs, next, wrong) = (programs(), AtomicUsize::new(0), Mutex::new(Vec::new()));
-    std::thread::scope(|scope| {
-        for thread in 0..THREADS {
-            let (programs, next, wrong) = (&programs, &next, &wrong);
-            scope.spawn(move || {
-                let neighbour = format!("neighbour-{thread}");
-                while let Some(program) = programs.get(next.fetch_add(1, Ordering::SeqCst)) {
-                    let found = attempt(server, program, &neighbour, grouped);
-                    wrong.lock().unwrap().extend(found);
-                }
-            });
-        }
-    });
-    let wrong = wrong.into_inner().unwrap();
-    assert!(wrong.is_empty(), "{} of {}:\n{}", wrong.len(), programs.len(), wrong.join("\n"));
-    assert!(!server.log().contains("panicked"), "{}", server.log());
-}
-
-#[test]
-fn programs_have_names_of_their_own() {
+/// One for each row of the table.
+pub(crate) fn behaviours() -> Vec<Behaviour> {
     let programs = programs();
-    let names: std::collections::BTreeSet<_> = programs.iter().map(|program| program.name).collect();
+    let names: HashSet<_> = programs.iter().map(|program| program.name).collect();
     assert_eq!(names.len(), programs.len(), "two rows with one name would share a session");
-    assert!(names.len() >= 70, "{}", names.len());
+    assert!(names.len() >= 200, "{}", names.len());
+    let row = |program: Program| {
+        Behaviour::new(format!("hostile::{}", program.name), move |driver| attempt(driver, &program))
+    };
+    let mut all: Vec<_> = programs.into_iter().map(row).collect();
+    all.push(Behaviour::new(
+        "hostile::files_that_fill_every_file_system_leave_room_for_runs".into(),
+        files_that_fill_every_file_system_leave_room_for_runs,
+    ));
+    all
 }
 
-#[test]
-fn hostile_programs_harm_nobody() {
-    attempt_all(|| Server::start(&LIMITS), is_root());
-}
-
-#[test]
-fn hostile_programs_harm_nobody_without_a_control_group() {
-    attempt_all(|| Server::start_as_ordinary_user(&LIMITS), false);
-}
-
-#[test]
-fn files_that_fill_every_file_system_leave_room_for_runs() {
+fn files_that_fill_every_file_system_leave_room_for_runs(driver: &Driver) {
     let limits =
         ["tmp=16MiB", "shm=16MiB", "workspace=32MiB", "memory=96MiB"].map(|limit| format!("limits.{limit}"));
     let flags: Vec<_> = limits.iter().flat_map(|limit| ["--set", limit]).collect();
-    let server = Server::start(&flags);
+    let (server, _) = driver.server(&flags);
     let code = "for p in ('/workspace/x', '/tmp/x', '/dev/shm/x'):\n try:\n  with open(p, 'wb', 0) as f:\n   while f.write(bytes(1 << 20)): pass\n except OSError: pass\nresult = 1";
     let filled = server.run_with("filler", code, json!({"timeout_ms": 10_000}));
     assert_eq!(filled["result"], 1, "{filled}");

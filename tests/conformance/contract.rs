@@ -4,16 +4,57 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 
+use crate::drivers::{self, Driver};
 use crate::support::{Server, Wire, eventually, header, post_bytes};
 
-const JSON: [(&str, &str); 1] = [("content-type", "application/json")];
-
-/// A server without warm sandboxes: most tests want one or two.
-fn server(flags: &[&str]) -> Server {
-    let mut all = vec!["--set", "pool.size=1"];
-    all.extend(flags);
-    Server::start(&all)
+behaviours! {
+    "contract":
+    the_first_example_is_answered_byte_for_byte,
+    what_is_no_run_request_is_refused_by_name,
+    bytes_that_are_no_utf_8_are_a_bad_request,
+    a_user_id_has_up_to_256_bytes_of_anything_but_control_characters,
+    data_arrives_exactly_and_goes_back_exactly,
+    a_key_of_data_that_cannot_be_a_variable_is_named,
+    a_key_that_python_would_normalise_is_a_variable_or_refused,
+    data_may_be_nested_a_hundred_deep,
+    absent_and_null_fields_mean_the_same,
+    standard_input_is_what_the_request_says_and_empty_otherwise,
+    a_fresh_run_keeps_files_and_forgets_variables,
+    fields_that_have_nothing_to_say_are_absent,
+    an_exception_is_shown_as_python_shows_it_and_never_our_own_lines,
+    code_that_is_no_python_is_a_syntax_error_with_its_line,
+    an_exit_with_a_status_is_an_error_and_one_without_is_none,
+    a_run_out_of_time_is_told_so_and_keeps_what_it_printed_and_wrote,
+    the_default_timeout_is_the_configured_one,
+    a_run_out_of_memory_is_told_apart_from_a_crash,
+    a_signal_that_ends_a_run_is_a_crash_with_its_name,
+    a_result_that_json_has_not_is_an_error_that_names_the_part,
+    a_result_over_its_cap_is_an_error_and_one_at_it_is_not,
+    a_deleted_session_ends_its_run_as_cancelled_and_lost,
+    output_is_kept_up_to_its_cap_and_truncated_says_what_was_cut,
+    output_that_is_no_utf_8_is_replaced_not_lost,
+    an_error_is_cut_at_its_cap_and_said_to_be,
+    the_workspace_is_listed_as_ls_prints_it,
+    the_listing_is_cut_at_its_cap,
+    server_timing_tells_three_phases,
+    a_request_id_is_taken_where_it_is_sound_and_made_where_not,
+    unknown_paths_are_404_and_wrong_methods_405_with_allow,
+    only_json_is_taken_or_no_type_at_all,
+    a_body_over_its_cap_is_413_however_it_comes,
+    a_full_queue_is_session_busy,
+    when_all_sessions_are_in_use_a_new_user_is_told_when_to_come_back,
+    a_server_that_stops_refuses_new_runs_as_draining,
+    user_ids_are_compared_byte_for_byte,
+    a_user_id_is_percent_encoded_in_a_path,
+    a_session_tells_of_itself,
+    a_session_with_a_run_in_it_is_running,
+    a_session_is_destroyed_at_once_and_twice_is_fine,
+    health_and_readiness_are_200_while_it_serves,
+    metrics_are_the_prometheus_text_format,
+    capabilities_tell_what_the_server_is_and_enforces,
 }
+
+const JSON: [(&str, &str); 1] = [("content-type", "application/json")];
 
 /// The code of a refused request; its message has to hold `says`.
 fn refused(server: &Server, body: &str, status: u16, says: &str) {
@@ -46,17 +87,15 @@ fn raw_run(server: &Server, body: &str) -> String {
 
 // -- the request -------------------------------------------------------------------------------------
 
-#[test]
-fn the_first_example_is_answered_byte_for_byte() {
-    let server = server(&[]);
+fn the_first_example_is_answered_byte_for_byte(driver: &Driver) {
+    let (server, _) = driver.server(&[]);
     let body = r#"{"user_id":"anonymous","code":"result = x + y","data":{"x":1,"y":2}}"#;
     assert_eq!(raw_run(&server, body), r#"{"result":3,"workspace_files":["total 0"]}"#);
     assert_eq!(raw_run(&server, body), r#"{"result":3,"workspace_files":["total 0"]}"#, "and again");
 }
 
-#[test]
-fn what_is_no_run_request_is_refused_by_name() {
-    let server = server(&["--set", "limits.timeout_max=60s"]);
+fn what_is_no_run_request_is_refused_by_name(driver: &Driver) {
+    let server = driver.own(&["--set", "limits.timeout_max=60s"]);
     for (body, says) in [
         ("", "JSON object"),
         ("nonsense", "JSON object"),
@@ -102,9 +141,8 @@ fn what_is_no_run_request_is_refused_by_name() {
     assert_eq!(server.get("/sessions/u").0, 404, "no refused request makes a session");
 }
 
-#[test]
-fn bytes_that_are_no_utf_8_are_a_bad_request() {
-    let server = server(&[]);
+fn bytes_that_are_no_utf_8_are_a_bad_request(driver: &Driver) {
+    let (server, _) = driver.server(&[]);
     let mut wire = Wire::new(&server);
     wire.send(
         b"POST /run HTTP/1.1\r\nhost: x\r\ncontent-length: 27\r\n\r\n{\"user_id\":\"\xff\",\"code\":\"1\"} ",
@@ -112,9 +150,8 @@ fn bytes_that_are_no_utf_8_are_a_bad_request() {
     assert_eq!(wire.answer().unwrap().status, 400);
 }
 
-#[test]
-fn a_user_id_has_up_to_256_bytes_of_anything_but_control_characters() {
-    let server = server(&[]);
+fn a_user_id_has_up_to_256_bytes_of_anything_but_control_characters(driver: &Driver) {
+    let (server, _) = driver.server(&[]);
     for user_id in ["u", "a b", "../..", "ü", "🐍", "a\"b\\c", &"u".repeat(256), &"é".repeat(128)] {
         assert_eq!(server.run(user_id, "result = 1")["result"], 1, "{user_id}");
     }
@@ -124,9 +161,8 @@ fn a_user_id_has_up_to_256_bytes_of_anything_but_control_characters() {
     }
 }
 
-#[test]
-fn data_arrives_exactly_and_goes_back_exactly() {
-    let server = server(&[]);
+fn data_arrives_exactly_and_goes_back_exactly(driver: &Driver) {
+    let (server, u) = driver.server(&[]);
     let digits = "9".repeat(5000);
     for value in [
         "0.1",
@@ -146,116 +182,115 @@ fn data_arrives_exactly_and_goes_back_exactly() {
         r#""'''\"\"\"; import os #""#,
         r#""\u0000\u0001""#,
     ] {
-        let body = format!(r#"{{"user_id":"u","code":"result = x","data":{{"x":{value}}}}}"#);
+        let body = format!(r#"{{"user_id":"{u}","code":"result = x","data":{{"x":{value}}}}}"#);
         let answer = raw_run(&server, &body);
         assert!(answer.starts_with(&format!("{{\"result\":{value},\"workspace")), "{value}: {answer}");
     }
-    let types = r#"{"user_id":"u","code":"result = [type(v).__name__ for v in (a, b, c, d, e, f, g)]",
-        "data":{"a":true,"b":null,"c":1,"d":1.0,"e":"","f":[],"g":{}}}"#;
+    let code = "result = [type(v).__name__ for v in (a, b, c, d, e, f, g)]";
+    let data = r#"{"a":true,"b":null,"c":1,"d":1.0,"e":"","f":[],"g":{}}"#;
+    let types = format!(r#"{{"user_id":"{u}","code":"{code}","data":{data}}}"#);
     assert!(
-        raw_run(&server, types).contains(r#"["bool","NoneType","int","float","str","list","dict"]"#),
+        raw_run(&server, &types).contains(r#"["bool","NoneType","int","float","str","list","dict"]"#),
         "types are Python's own"
     );
 }
 
-#[test]
-fn a_key_of_data_that_cannot_be_a_variable_is_named() {
-    let server = server(&[]);
+fn a_key_of_data_that_cannot_be_a_variable_is_named(driver: &Driver) {
+    let (server, u) = driver.server(&[]);
     for key in [
         "", "a b", "a-b", "1a", "a.b", "a\n", "class", "None", "True", "lambda", "async", "__name__", "__x",
         "__", "a'b", "🐍",
     ] {
-        let body = json!({"user_id": "u", "code": "1", "data": {"fine": 1, key: 1}}).to_string();
+        let body = json!({"user_id": u, "code": "1", "data": {"fine": 1, key: 1}}).to_string();
         refused(&server, &body, 400, &format!("{key:?}"));
     }
     for key in ["a", "_", "_x", "match", "type", "print", "ä", "变量", "x1", "result", "x__"] {
-        let answer = server.run_with("u", &format!("result = {key}"), json!({"data": {key: [1]}}));
+        let answer = server.run_with(&u, &format!("result = {key}"), json!({"data": {key: [1]}}));
         assert_eq!(answer["result"], json!([1]), "{key}: {answer}");
     }
 }
 
 /// Python reads identifiers in their NFKC form: `ﬁ` in a program is the variable `fi`.
-#[test]
-fn a_key_that_python_would_normalise_is_a_variable_or_refused() {
-    let server = server(&[]);
+fn a_key_that_python_would_normalise_is_a_variable_or_refused(driver: &Driver) {
+    let (server, u) = driver.server(&[]);
     for key in ["\u{fb01}", "\u{1d431}", "\u{aa}"] {
-        let body = json!({"user_id": "u", "code": format!("result = {key}"), "data": {key: 5}}).to_string();
+        let body = json!({"user_id": u, "code": format!("result = {key}"), "data": {key: 5}}).to_string();
         let (status, answer) = server.post(&body);
         assert!(status == 400 || answer["result"] == 5, "{key}: {status} {answer}");
     }
 }
 
-#[test]
-fn data_may_be_nested_a_hundred_deep() {
-    let server = server(&[]);
+fn data_may_be_nested_a_hundred_deep(driver: &Driver) {
+    let (server, u) = driver.server(&[]);
     let body = |depth: usize| {
         let value = format!("{}{}", "[".repeat(depth), "]".repeat(depth));
-        format!(r#"{{"user_id":"u","code":"result = x","data":{{"x":{value}}}}}"#)
+        format!(r#"{{"user_id":"{u}","code":"result = x","data":{{"x":{value}}}}}"#)
     };
     raw_run(&server, &body(99));
     refused(&server, &body(100), 400, "nested");
     refused(&server, &body(50_000), 400, "nested");
 }
 
-#[test]
-fn absent_and_null_fields_mean_the_same() {
-    let server = server(&[]);
+fn absent_and_null_fields_mean_the_same(driver: &Driver) {
+    let (server, u) = driver.server(&[]);
     let body =
         r#"{"user_id":"u","code":"result = 1","data":null,"mode":null,"timeout_ms":null,"stdin":null}"#;
-    assert_eq!(raw_run(&server, body), r#"{"result":1,"workspace_files":["total 0"]}"#);
+    assert_eq!(
+        raw_run(&server, &body.replace("\"u\"", &format!("{u:?}"))),
+        r#"{"result":1,"workspace_files":["total 0"]}"#
+    );
     let body =
         r#"{"user_id":"u","code":"result = 1","data":{},"mode":"fresh","timeout_ms":300000,"stdin":""}"#;
-    assert_eq!(raw_run(&server, body), r#"{"result":1,"workspace_files":["total 0"]}"#);
+    assert_eq!(
+        raw_run(&server, &body.replace("\"u\"", &format!("{u:?}"))),
+        r#"{"result":1,"workspace_files":["total 0"]}"#
+    );
 }
 
-#[test]
-fn standard_input_is_what_the_request_says_and_empty_otherwise() {
-    let server = server(&[]);
-    let answer = server.run("u", "input()");
+fn standard_input_is_what_the_request_says_and_empty_otherwise(driver: &Driver) {
+    let (server, u) = driver.server(&[]);
+    let answer = server.run(&u, "input()");
     assert_eq!(kind(&answer), "raised");
     assert_eq!(answer["error_detail"]["name"], "EOFError");
     let code = "import sys\nresult = [input(), sys.stdin.read()]";
-    let answer = server.run_with("u", code, json!({"stdin": "first\nsecond é\n\0"}));
+    let answer = server.run_with(&u, code, json!({"stdin": "first\nsecond é\n\0"}));
     assert_eq!(answer["result"], json!(["first", "second é\n\0"]));
     let long = "x".repeat(1 << 20);
-    let answer = server.run_with("u", "import sys\nresult = len(sys.stdin.read())", json!({"stdin": long}));
+    let answer = server.run_with(&u, "import sys\nresult = len(sys.stdin.read())", json!({"stdin": long}));
     assert_eq!(answer["result"], 1 << 20);
 }
 
-#[test]
-fn a_fresh_run_keeps_files_and_forgets_variables() {
-    let server = server(&[]);
-    server.run("u", "kept = 1\nimport builtins\nbuiltins.kept = 2\nopen('file', 'w').write('hello')");
-    let answer = server.run("u", "result = [__name__, open('file').read(), 'kept' in dir(__builtins__)]");
+fn a_fresh_run_keeps_files_and_forgets_variables(driver: &Driver) {
+    let (server, u) = driver.server(&[]);
+    server.run(&u, "kept = 1\nimport builtins\nbuiltins.kept = 2\nopen('file', 'w').write('hello')");
+    let answer = server.run(&u, "result = [__name__, open('file').read(), 'kept' in dir(__builtins__)]");
     assert_eq!(answer["result"], json!(["__main__", "hello", false]));
-    assert_eq!(server.run("u", "kept")["error_detail"]["name"], "NameError");
-    assert_eq!(server.run("u", "import os\nresult = os.getcwd()")["result"], "/workspace");
+    assert_eq!(server.run(&u, "kept")["error_detail"]["name"], "NameError");
+    assert_eq!(server.run(&u, "import os\nresult = os.getcwd()")["result"], "/workspace");
 }
 
 // -- the answer --------------------------------------------------------------------------------------
 
-#[test]
-fn fields_that_have_nothing_to_say_are_absent() {
-    let server = server(&[]);
+fn fields_that_have_nothing_to_say_are_absent(driver: &Driver) {
+    let (server, u) = driver.server(&[]);
     let fields = |answer: Value| {
         let mut keys: Vec<_> = answer.as_object().unwrap().keys().cloned().collect();
         keys.sort_unstable();
         keys.join(" ")
     };
-    assert_eq!(fields(server.run("u", "pass")), "result workspace_files");
-    assert_eq!(server.run("u", "pass")["result"], Value::Null);
-    assert_eq!(fields(server.run("u", "print(1)")), "result stdout workspace_files");
+    assert_eq!(fields(server.run(&u, "pass")), "result workspace_files");
+    assert_eq!(server.run(&u, "pass")["result"], Value::Null);
+    assert_eq!(fields(server.run(&u, "print(1)")), "result stdout workspace_files");
     assert_eq!(
-        fields(server.run("u", "import sys\nprint(1, file=sys.stderr)")),
+        fields(server.run(&u, "import sys\nprint(1, file=sys.stderr)")),
         "result stderr workspace_files"
     );
-    assert_eq!(fields(server.run("u", "1/0")), "error error_detail result workspace_files");
+    assert_eq!(fields(server.run(&u, "1/0")), "error error_detail result workspace_files");
 }
 
-#[test]
-fn an_exception_is_shown_as_python_shows_it_and_never_our_own_lines() {
-    let server = server(&[]);
-    let answer = server.run("u", "def f():\n    return 1 / 0\n\nresult = 5\nf()");
+fn an_exception_is_shown_as_python_shows_it_and_never_our_own_lines(driver: &Driver) {
+    let (server, u) = driver.server(&[]);
+    let answer = server.run(&u, "def f():\n    return 1 / 0\n\nresult = 5\nf()");
     assert_eq!(kind(&answer), "raised");
     assert_eq!(answer["error_detail"]["name"], "ZeroDivisionError");
     assert_eq!(answer["error_detail"]["value"], "division by zero");
@@ -270,64 +305,58 @@ fn an_exception_is_shown_as_python_shows_it_and_never_our_own_lines() {
     assert_eq!(answer["error"], format!("Error running code: {traceback}"));
 }
 
-#[test]
-fn code_that_is_no_python_is_a_syntax_error_with_its_line() {
-    let server = server(&[]);
+fn code_that_is_no_python_is_a_syntax_error_with_its_line(driver: &Driver) {
+    let (server, u) = driver.server(&[]);
     for code in ["def", "x = 1\n  y = 2", "x = '", "\u{0}", "return 1", "# -*- coding: nonsense -*-\nx = ("] {
-        let answer = server.run("u", code);
+        let answer = server.run(&u, code);
         assert_eq!(kind(&answer), "syntax", "{code:?}: {answer}");
     }
-    let answer = server.run("u", "x = 1\ny = = 2");
+    let answer = server.run(&u, "x = 1\ny = = 2");
     let traceback = answer["error_detail"]["traceback"].as_str().unwrap();
     assert!(traceback.contains("line 2") && traceback.contains("y = = 2"), "{traceback}");
 }
 
-#[test]
-fn an_exit_with_a_status_is_an_error_and_one_without_is_none() {
-    let server = server(&[]);
+fn an_exit_with_a_status_is_an_error_and_one_without_is_none(driver: &Driver) {
+    let (server, u) = driver.server(&[]);
     for code in ["import sys\nsys.exit(3)", "raise SystemExit(3)", "import os\nos._exit(3)", "exit(3)"] {
-        let answer = server.run("u", code);
+        let answer = server.run(&u, code);
         assert_eq!(kind(&answer), "exited", "{code}");
         assert!(answer["error_detail"]["value"].as_str().unwrap().contains('3'), "{answer}");
     }
-    let answer = server.run("u", "import sys\nsys.exit('so long')");
+    let answer = server.run(&u, "import sys\nsys.exit('so long')");
     assert_eq!((kind(&answer), &answer["stderr"]), ("exited", &json!("so long\n")));
     for code in ["result = 1\nimport sys\nsys.exit()", "result = 1\nraise SystemExit(0)"] {
-        let answer = server.run("u", code);
+        let answer = server.run(&u, code);
         assert_eq!(answer["result"], 1, "{code}: {answer}");
         assert!(answer.get("error").is_none(), "{answer}");
     }
 }
 
-#[test]
-fn a_run_out_of_time_is_told_so_and_keeps_what_it_printed_and_wrote() {
-    let server = server(&[]);
+fn a_run_out_of_time_is_told_so_and_keeps_what_it_printed_and_wrote(driver: &Driver) {
+    let (server, u) = driver.server(&[]);
     let code = "open('kept', 'w')\nprint('before', flush=True)\nwhile True: pass";
-    let answer = server.run_with("u", code, json!({"timeout_ms": 300}));
+    let answer = server.run_with(&u, code, json!({"timeout_ms": 300}));
     assert_eq!(kind(&answer), "timeout");
     assert_eq!(answer["stdout"], "before\n");
     assert!(answer["error"].as_str().unwrap().contains("300 ms"), "{answer}");
     assert!(answer.get("session").is_none(), "the files are kept: {answer}");
-    assert_eq!(server.run("u", "import os\nresult = os.listdir()")["result"], json!(["kept"]));
-    assert_eq!(kind(&server.run_with("u", "while True: pass", json!({"timeout_ms": 1}))), "timeout");
+    assert_eq!(server.run(&u, "import os\nresult = os.listdir()")["result"], json!(["kept"]));
+    assert_eq!(kind(&server.run_with(&u, "while True: pass", json!({"timeout_ms": 1}))), "timeout");
     let stubborn = "while True:\n  try:\n    while True: pass\n  except BaseException: pass";
-    assert_eq!(kind(&server.run_with("u", stubborn, json!({"timeout_ms": 100}))), "timeout");
+    assert_eq!(kind(&server.run_with(&u, stubborn, json!({"timeout_ms": 100}))), "timeout");
 }
 
-#[test]
-fn the_default_timeout_is_the_configured_one() {
-    let server = server(&["--set", "limits.timeout=300ms"]);
+fn the_default_timeout_is_the_configured_one(driver: &Driver) {
+    let (server, u) = driver.server(&["--set", "limits.timeout=300ms"]);
     let begun = std::time::Instant::now();
-    assert_eq!(kind(&server.run("u", "import time\ntime.sleep(30)")), "timeout");
+    assert_eq!(kind(&server.run(&u, "import time\ntime.sleep(30)")), "timeout");
     assert!(begun.elapsed() < Duration::from_secs(10));
-    let longer =
-        server.run_with("u", "import time\ntime.sleep(0.6)\nresult = 1", json!({"timeout_ms": 5000}));
+    let longer = server.run_with(&u, "import time\ntime.sleep(0.6)\nresult = 1", json!({"timeout_ms": 5000}));
     assert_eq!(longer["result"], 1, "a request may ask for more");
 }
 
-#[test]
-fn a_run_out_of_memory_is_told_apart_from_a_crash() {
-    let server = server(&[
+fn a_run_out_of_memory_is_told_apart_from_a_crash(driver: &Driver) {
+    let (server, u) = driver.server(&[
         "--set",
         "limits.memory=128MiB",
         "--set",
@@ -335,30 +364,28 @@ fn a_run_out_of_memory_is_told_apart_from_a_crash() {
         "--set",
         "limits.tmp=16MiB",
     ]);
-    let answer = server.run("u", "open('kept', 'w')\nx = b'x' * (1 << 30)");
+    let answer = server.run(&u, "open('kept', 'w')\nx = b'x' * (1 << 30)");
     assert_eq!(kind(&answer), "out_of_memory", "{answer}");
-    assert_eq!(kind(&server.run("u", "raise MemoryError")), "out_of_memory");
-    let answer = server.run("u", "result = 1");
+    assert_eq!(kind(&server.run(&u, "raise MemoryError")), "out_of_memory");
+    let answer = server.run(&u, "result = 1");
     assert_eq!(answer["result"], 1, "the session goes on: {answer}");
 }
 
-#[test]
-fn a_signal_that_ends_a_run_is_a_crash_with_its_name() {
-    let server = server(&[]);
+fn a_signal_that_ends_a_run_is_a_crash_with_its_name(driver: &Driver) {
+    let (server, u) = driver.server(&[]);
     for (signal, name) in [(6, "SIGABRT"), (11, "SIGSEGV"), (15, "SIGTERM"), (9, "SIGKILL")] {
         let code = format!("import os\nprint('before', flush=True)\nos.kill(os.getpid(), {signal})");
-        let answer = server.run("u", &code);
+        let answer = server.run(&u, &code);
         assert_eq!(kind(&answer), "crashed", "{name}: {answer}");
         assert_eq!(answer["error_detail"]["name"], name);
         assert_eq!(answer["stdout"], "before\n");
         assert!(answer.get("session").is_none(), "{answer}");
     }
-    assert_eq!(kind(&server.run("u", "import ctypes\nctypes.string_at(0)")), "crashed");
+    assert_eq!(kind(&server.run(&u, "import ctypes\nctypes.string_at(0)")), "crashed");
 }
 
-#[test]
-fn a_result_that_json_has_not_is_an_error_that_names_the_part() {
-    let server = server(&[]);
+fn a_result_that_json_has_not_is_an_error_that_names_the_part(driver: &Driver) {
+    let (server, u) = driver.server(&[]);
     for (value, says) in [
         ("float('nan')", "result"),
         ("[1, {'a': float('inf')}]", "result[1]['a']"),
@@ -375,25 +402,23 @@ fn a_result_that_json_has_not_is_an_error_that_names_the_part() {
             "" => "result = []\nresult.append(result)".to_owned(),
             _ => format!("result = {value}"),
         };
-        let answer = server.run("u", &code);
+        let answer = server.run(&u, &code);
         assert_eq!(kind(&answer), "result_invalid", "{code}: {answer}");
         assert!(answer["error"].as_str().unwrap().contains(says), "{code}: {answer}");
     }
-    let deep = server.run("u", "result = []\nfor _ in range(500): result = [result]");
+    let deep = server.run(&u, "result = []\nfor _ in range(500): result = [result]");
     assert_eq!(kind(&deep), "result_invalid");
 }
 
-#[test]
-fn a_result_over_its_cap_is_an_error_and_one_at_it_is_not() {
-    let server = server(&["--set", "limits.result=1KiB"]);
-    assert_eq!(server.run("u", "result = 'x' * 1022")["result"], "x".repeat(1022));
-    assert_eq!(kind(&server.run("u", "result = 'x' * 1023")), "result_too_large");
-    assert_eq!(kind(&server.run("u", "result = 'x' * 50_000_000")), "result_too_large");
+fn a_result_over_its_cap_is_an_error_and_one_at_it_is_not(driver: &Driver) {
+    let (server, u) = driver.server(&["--set", "limits.result=1KiB"]);
+    assert_eq!(server.run(&u, "result = 'x' * 1022")["result"], "x".repeat(1022));
+    assert_eq!(kind(&server.run(&u, "result = 'x' * 1023")), "result_too_large");
+    assert_eq!(kind(&server.run(&u, "result = 'x' * 50_000_000")), "result_too_large");
 }
 
-#[test]
-fn a_deleted_session_ends_its_run_as_cancelled_and_lost() {
-    let server = server(&[]);
+fn a_deleted_session_ends_its_run_as_cancelled_and_lost(driver: &Driver) {
+    let server = driver.own(&[]);
     let answer = std::thread::scope(|scope| {
         let run = scope.spawn(|| server.run("u", "open('f', 'w')\nimport time\ntime.sleep(20)"));
         eventually("the run goes on", || server.get("/sessions/u").1.contains("running"));
@@ -408,9 +433,8 @@ fn a_deleted_session_ends_its_run_as_cancelled_and_lost() {
     assert_eq!(server.run("u", "import os\nresult = os.listdir()")["result"], json!([]));
 }
 
-#[test]
-fn output_is_kept_up_to_its_cap_and_truncated_says_what_was_cut() {
-    let server = server(&["--set", "limits.stdout=1KiB", "--set", "limits.stderr=2KiB"]);
+fn output_is_kept_up_to_its_cap_and_truncated_says_what_was_cut(driver: &Driver) {
+    let server = driver.own(&["--set", "limits.stdout=1KiB", "--set", "limits.stderr=2KiB"]);
     let at_the_cap = server.run("u", "print('x' * 1023)");
     assert_eq!(at_the_cap["stdout"].as_str().unwrap().len(), 1024);
     assert!(at_the_cap.get("truncated").is_none(), "{at_the_cap}");
@@ -427,28 +451,25 @@ fn output_is_kept_up_to_its_cap_and_truncated_says_what_was_cut() {
     assert_eq!(server.metric("codesandbox_capped_total{field=\"stdout\"}"), 2.0);
 }
 
-#[test]
-fn output_that_is_no_utf_8_is_replaced_not_lost() {
-    let server = server(&[]);
-    let answer = server.run("u", r"import os; os.write(1, b'a\xffb'); os.write(2, b'\xf0\x9f')");
+fn output_that_is_no_utf_8_is_replaced_not_lost(driver: &Driver) {
+    let (server, u) = driver.server(&[]);
+    let answer = server.run(&u, r"import os; os.write(1, b'a\xffb'); os.write(2, b'\xf0\x9f')");
     assert_eq!((&answer["stdout"], &answer["stderr"]), (&json!("a\u{fffd}b"), &json!("\u{fffd}")));
-    let answer = server.run("u", "print('\\x00 \\x1b[31m é 🐍')");
+    let answer = server.run(&u, "print('\\x00 \\x1b[31m é 🐍')");
     assert_eq!(answer["stdout"], "\u{0} \u{1b}[31m é 🐍\n");
 }
 
-#[test]
-fn an_error_is_cut_at_its_cap_and_said_to_be() {
-    let server = server(&["--set", "limits.error=1KiB"]);
-    let answer = server.run("u", "raise ValueError('x' * 5000)");
+fn an_error_is_cut_at_its_cap_and_said_to_be(driver: &Driver) {
+    let (server, u) = driver.server(&["--set", "limits.error=1KiB"]);
+    let answer = server.run(&u, "raise ValueError('x' * 5000)");
     assert_eq!(kind(&answer), "raised");
     assert_eq!(answer["truncated"], json!(["error"]));
     assert!(answer["error"].as_str().unwrap().len() < 1200, "{answer}");
-    assert!(server.run("u", "raise ValueError('x')").get("truncated").is_none());
+    assert!(server.run(&u, "raise ValueError('x')").get("truncated").is_none());
 }
 
-#[test]
-fn the_workspace_is_listed_as_ls_prints_it() {
-    let server = server(&[]);
+fn the_workspace_is_listed_as_ls_prints_it(driver: &Driver) {
+    let (server, _) = driver.server(&[]);
     let answer = server.run(
         "u",
         "import os\nopen('b.txt', 'w').write('hello')\nos.makedirs('sub/deep')\nopen('sub/deep/c', 'w')\n\
@@ -466,22 +487,20 @@ fn the_workspace_is_listed_as_ls_prints_it() {
     assert!(lines[12].ends_with(" c") && lines.len() == 13, "{lines:?}");
 }
 
-#[test]
-fn the_listing_is_cut_at_its_cap() {
-    let server = server(&["--set", "limits.listing=5"]);
-    let answer = server.run("u", "for i in range(4): open(str(i), 'w')");
+fn the_listing_is_cut_at_its_cap(driver: &Driver) {
+    let (server, u) = driver.server(&["--set", "limits.listing=5"]);
+    let answer = server.run(&u, "for i in range(4): open(str(i), 'w')");
     assert_eq!(answer["workspace_files"].as_array().unwrap().len(), 5);
     assert!(answer.get("truncated").is_none(), "{answer}");
-    let answer = server.run("u", "open('5', 'w')");
+    let answer = server.run(&u, "open('5', 'w')");
     assert_eq!(answer["workspace_files"].as_array().unwrap().len(), 5);
     assert_eq!(answer["truncated"], json!(["workspace_files"]));
 }
 
-#[test]
-fn server_timing_tells_three_phases() {
-    let server = server(&[]);
-    let body = r#"{"user_id":"u","code":"import time; time.sleep(0.1)"}"#;
-    let (_, headers, _) = server.request("POST", "/run", &JSON, body);
+fn server_timing_tells_three_phases(driver: &Driver) {
+    let (server, u) = driver.server(&[]);
+    let body = json!({"user_id": u, "code": "import time; time.sleep(0.1)"}).to_string();
+    let (_, headers, _) = server.request("POST", "/run", &JSON, &body);
     let text = header(&headers, "server-timing").unwrap();
     let phases: Vec<_> = text.split(", ").map(|phase| phase.split_once(";dur=").unwrap()).collect();
     assert_eq!(phases.iter().map(|(name, _)| *name).collect::<Vec<_>>(), ["queue", "claim", "run"]);
@@ -489,9 +508,8 @@ fn server_timing_tells_three_phases() {
     assert!(times.iter().all(|time| *time >= 0.0) && times[2] >= 100.0 && times[0] < 100.0, "{text}");
 }
 
-#[test]
-fn a_request_id_is_taken_where_it_is_sound_and_made_where_not() {
-    let server = server(&[]);
+fn a_request_id_is_taken_where_it_is_sound_and_made_where_not(driver: &Driver) {
+    let (server, _) = driver.server(&[]);
     let id = |sent: Option<&str>| {
         let sent = sent.map(|id| ("x-request-id", id));
         let (_, headers, _) = server.request("GET", "/healthz", &sent.into_iter().collect::<Vec<_>>(), "");
@@ -513,9 +531,8 @@ fn a_request_id_is_taken_where_it_is_sound_and_made_where_not() {
 
 // -- what is not served ------------------------------------------------------------------------------
 
-#[test]
-fn unknown_paths_are_404_and_wrong_methods_405_with_allow() {
-    let server = server(&[]);
+fn unknown_paths_are_404_and_wrong_methods_405_with_allow(driver: &Driver) {
+    let (server, _) = driver.server(&[]);
     for path in ["/", "/nowhere", "/run/x", "/healthz/", "/RUN", "/sessions", "/sessions/a/b/c", "//run"] {
         let (status, _, body) = server.request("GET", path, &[], "");
         assert_eq!(status, 404, "{path}: {body}");
@@ -538,10 +555,9 @@ fn unknown_paths_are_404_and_wrong_methods_405_with_allow() {
     assert_eq!(server.get("/healthz?verbose=1").0, 200, "a query is passed over");
 }
 
-#[test]
-fn only_json_is_taken_or_no_type_at_all() {
-    let server = server(&[]);
-    let body = r#"{"user_id":"u","code":"result = 1"}"#;
+fn only_json_is_taken_or_no_type_at_all(driver: &Driver) {
+    let (server, u) = driver.server(&[]);
+    let body = &json!({"user_id": u, "code": "result = 1"}).to_string();
     let status = |kind: Option<&str>| {
         let mut wire = Wire::new(&server);
         let kind = kind.map_or(String::new(), |kind| format!("content-type: {kind}\r\n"));
@@ -569,9 +585,8 @@ fn only_json_is_taken_or_no_type_at_all() {
     }
 }
 
-#[test]
-fn a_body_over_its_cap_is_413_however_it_comes() {
-    let server = server(&["--set", "limits.body=2KiB", "--set", "limits.code=1KiB"]);
+fn a_body_over_its_cap_is_413_however_it_comes(driver: &Driver) {
+    let (server, _) = driver.server(&["--set", "limits.body=2KiB", "--set", "limits.code=1KiB"]);
     let fill = |length: usize| {
         let plain = r#"{"user_id":"u","code":"result = 1","stdin":""}"#.len();
         format!(r#"{{"user_id":"u","code":"result = 1","stdin":"{}"}}"#, "x".repeat(length - plain))
@@ -594,9 +609,8 @@ fn a_body_over_its_cap_is_413_however_it_comes() {
     assert_eq!(announced.answer().unwrap().status, 413, "not a byte of it is waited for");
 }
 
-#[test]
-fn a_full_queue_is_session_busy() {
-    let server = server(&["--set", "session.queue=1"]);
+fn a_full_queue_is_session_busy(driver: &Driver) {
+    let server = driver.own(&["--set", "session.queue=1"]);
     std::thread::scope(|scope| {
         let sleep = || server.run("u", "import time\ntime.sleep(1.5)\nresult = 1");
         let first = scope.spawn(sleep);
@@ -616,9 +630,8 @@ fn a_full_queue_is_session_busy() {
     });
 }
 
-#[test]
-fn when_all_sessions_are_in_use_a_new_user_is_told_when_to_come_back() {
-    let server = server(&["--set", "session.max=1"]);
+fn when_all_sessions_are_in_use_a_new_user_is_told_when_to_come_back(driver: &Driver) {
+    let server = driver.own(&["--set", "session.max=1"]);
     server.run("a", "pass");
     let (status, headers, body) = server.request("POST", "/run", &JSON, r#"{"user_id":"b","code":"1"}"#);
     assert_eq!(status, 429, "{body}");
@@ -630,9 +643,8 @@ fn when_all_sessions_are_in_use_a_new_user_is_told_when_to_come_back() {
     assert_eq!(server.run("b", "result = 1")["result"], 1);
 }
 
-#[test]
-fn a_server_that_stops_refuses_new_runs_as_draining() {
-    let mut server = server(&[]);
+fn a_server_that_stops_refuses_new_runs_as_draining(driver: &Driver) {
+    let mut server = driver.own(&[]);
     let body = r#"{"user_id":"u","code":"result = 1"}"#;
     let request = post_bytes(body);
     let mut wire = Wire::new(&server);
@@ -652,9 +664,8 @@ fn a_server_that_stops_refuses_new_runs_as_draining() {
 
 // -- users and sessions ------------------------------------------------------------------------------
 
-#[test]
-fn user_ids_are_compared_byte_for_byte() {
-    let server = server(&[]);
+fn user_ids_are_compared_byte_for_byte(driver: &Driver) {
+    let server = driver.own(&[]);
     // The last two look the same: é as one character, and as e with an accent.
     let users = ["A", "a", "a ", " a", "a/b", "a%2Fb", "a+", "é", "e\u{301}"];
     for user in users {
@@ -666,9 +677,8 @@ fn user_ids_are_compared_byte_for_byte() {
     assert_eq!(server.metric("codesandbox_sandboxes{state=\"claimed\"}"), users.len() as f64);
 }
 
-#[test]
-fn a_user_id_is_percent_encoded_in_a_path() {
-    let server = server(&[]);
+fn a_user_id_is_percent_encoded_in_a_path(driver: &Driver) {
+    let server = driver.own(&[]);
     for (user, path) in [
         ("a ", "a%20"),
         ("a/b", "a%2Fb"),
@@ -689,16 +699,18 @@ fn a_user_id_is_percent_encoded_in_a_path() {
     }
 }
 
-#[test]
-fn a_session_tells_of_itself() {
-    let server = server(&["--set", "session.idle_timeout=60s"]);
+fn a_session_tells_of_itself(driver: &Driver) {
+    let server = driver.own(&["--set", "session.idle_timeout=60s"]);
     assert_eq!(server.get("/sessions/u").0, 404);
     let before = std::time::SystemTime::now();
     server.run("u", "pass");
     std::thread::sleep(Duration::from_millis(50));
     let (status, text) = server.get("/sessions/u");
     let session: Value = serde_json::from_str(&text).unwrap();
-    assert_eq!((status, &session["state"], &session["driver"]), (200, &json!("idle"), &json!("embedded")));
+    assert_eq!(
+        (status, &session["state"], &session["driver"]),
+        (200, &json!("idle"), &json!(driver.configured()))
+    );
     let (idle, left) = (session["idle_ms"].as_u64().unwrap(), session["expires_in_ms"].as_u64().unwrap());
     assert!((50..10_000).contains(&idle) && left <= 59_950 && left > 45_000, "{text}");
     let created = humantime::parse_rfc3339(session["created_at"].as_str().unwrap()).unwrap();
@@ -709,9 +721,8 @@ fn a_session_tells_of_itself() {
     assert_eq!((status, body.as_str()), (200, ""));
 }
 
-#[test]
-fn a_session_with_a_run_in_it_is_running() {
-    let server = server(&[]);
+fn a_session_with_a_run_in_it_is_running(driver: &Driver) {
+    let server = driver.own(&[]);
     std::thread::scope(|scope| {
         let run = scope.spawn(|| server.run("u", "import time\ntime.sleep(0.5)"));
         eventually("it runs", || server.get("/sessions/u").1.contains(r#""state":"running""#));
@@ -722,9 +733,8 @@ fn a_session_with_a_run_in_it_is_running() {
     assert!(server.get("/sessions/u").1.contains(r#""state":"idle""#));
 }
 
-#[test]
-fn a_session_is_destroyed_at_once_and_twice_is_fine() {
-    let server = server(&[]);
+fn a_session_is_destroyed_at_once_and_twice_is_fine(driver: &Driver) {
+    let server = driver.own(&[]);
     server.run("u", "open('f', 'w')");
     for _ in 0..2 {
         let (status, headers, body) = server.request("DELETE", "/sessions/u", &[], "");
@@ -739,9 +749,8 @@ fn a_session_is_destroyed_at_once_and_twice_is_fine() {
 
 // -- for operators -----------------------------------------------------------------------------------
 
-#[test]
-fn health_and_readiness_are_200_while_it_serves() {
-    let server = server(&[]);
+fn health_and_readiness_are_200_while_it_serves(driver: &Driver) {
+    let (server, _) = driver.server(&[]);
     for path in ["/healthz", "/readyz"] {
         let (status, headers, body) = server.request("GET", path, &[], "");
         assert_eq!((status, header(&headers, "content-type")), (200, Some("application/json")));
@@ -758,11 +767,10 @@ fn family<'a>(series: &'a str, types: &std::collections::HashMap<&str, &str>) ->
     base.filter(|base| types.get(base) == Some(&"histogram")).unwrap_or(name)
 }
 
-#[test]
-fn metrics_are_the_prometheus_text_format() {
-    let server = server(&[]);
-    server.run("u", "print(1)");
-    server.run("u", "1/0");
+fn metrics_are_the_prometheus_text_format(driver: &Driver) {
+    let (server, u) = driver.server(&[]);
+    server.run(&u, "print(1)");
+    server.run(&u, "1/0");
     server.get("/nowhere");
     let (status, headers, text) = server.request("GET", "/metrics", &[], "");
     assert_eq!(status, 200);
@@ -813,13 +821,13 @@ fn promtool(text: &str) {
     assert!(child.wait().unwrap().success());
 }
 
-#[test]
-fn capabilities_tell_what_the_server_is_and_enforces() {
-    let server = server(&["--set", "limits.memory=640MiB", "--set", "limits.cpus=0.5"]);
+fn capabilities_tell_what_the_server_is_and_enforces(driver: &Driver) {
+    let (server, _) = driver.server(&["--set", "limits.memory=640MiB", "--set", "limits.cpus=0.5"]);
     let (status, text) = server.get("/capabilities");
     assert_eq!(status, 200);
     let told: Value = serde_json::from_str(&text).unwrap();
-    assert_eq!((&told["driver"], &told["image"]), (&json!("embedded"), &json!("host")));
+    let image = if driver.is_embedded() { "host".into() } else { drivers::image() };
+    assert_eq!((&told["driver"], &told["image"]), (&json!(driver.configured()), &json!(image)));
     assert!(told["rootless"].is_boolean() && told["engine_version"].is_string(), "{text}");
     assert!(told["python"].as_str().unwrap().starts_with("3."), "{text}");
     let limits = &told["limits"];
@@ -852,5 +860,8 @@ fn capabilities_tell_what_the_server_is_and_enforces() {
         let state = layer["state"].as_str().unwrap();
         assert!(["on", "off", "unenforced"].contains(&state), "{layer}");
         assert!(layer["by"].as_str().is_some_and(|by| !by.is_empty()), "{layer}");
+        for (limit, given) in [("memory", driver.limits_memory()), ("cpus", driver.limits_cpus())] {
+            assert!(name != limit || (state == "on") == given, "{layer}");
+        }
     }
 }

@@ -1,0 +1,149 @@
+//! What befalls a sandbox from outside, with the engine's own means: the answer, the log and the metric tell the
+//! causes apart, and the next run begins anew.
+
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+
+use crate::drivers::Driver;
+use crate::engine::Engine;
+use crate::support::{Server, eventually};
+
+behaviours! {
+    "fates":
+    a_sandbox_killed_from_outside,
+    a_sandbox_that_is_paused,
+    a_sandbox_whose_pid_1_runs_out_of_memory,
+    a_run_out_of_memory_does_not_lose_its_sandbox,
+    a_sandbox_removed_behind_our_back,
+    a_sandbox_that_is_killed_while_it_idles_costs_one_run_at_most,
+    a_warm_sandbox_that_is_killed_is_given_to_nobody,
+    an_image_that_is_missing_and_may_not_be_pulled_stops_the_start,
+}
+
+/// A server without warm sandboxes: each container is a session's.
+fn server(driver: &Driver, instance: &str) -> Server {
+    driver.start(instance, &["--set", "pool.size=0"])
+}
+
+/// The one container of an instance.
+fn only_container(engine: &Engine, instance: &str) -> String {
+    let containers = engine.containers_of(instance);
+    assert_eq!(containers.len(), 1, "{containers:?}");
+    containers.into_iter().next().unwrap()
+}
+
+/// A run goes on while something is done to its container; the answer, which has to come in time.
+fn during_a_run(driver: &Driver, timeout_ms: u64, act: impl Fn(&Engine, &str)) -> (Server, Value) {
+    let engine = driver.engine().expect("fates are for engines with an API");
+    let instance = crate::drivers::new_instance();
+    let server = server(driver, &instance);
+    let answer = std::thread::scope(|scope| {
+        let code = "print('before', flush=True)\nimport time\ntime.sleep(60)";
+        let run = scope.spawn(|| server.run_with("u", code, json!({"timeout_ms": timeout_ms})));
+        eventually("it runs", || server.get("/sessions/u").1.contains("running"));
+        eventually("its container is there", || engine.containers_of(&instance).len() == 1);
+        std::thread::sleep(Duration::from_millis(500));
+        act(engine, &only_container(engine, &instance));
+        run.join().unwrap()
+    });
+    (server, answer)
+}
+
+/// The sandbox is lost, and it is told why, in the answer, in the log and to the metrics.
+fn is_lost(server: &Server, answer: &Value, kind: &str, value: &str, reason: &str) {
+    assert_eq!(answer["session"], "lost", "{answer}");
+    assert_eq!(answer["error_detail"]["kind"], kind, "{answer}");
+    assert!(answer["error_detail"]["value"].as_str().unwrap().contains(value), "{answer}");
+    let lost = format!("codesandbox_sandboxes_lost_total{{reason=\"{reason}\"}}");
+    assert_eq!(server.metric(&lost), 1.0, "{lost}: {}", server.get("/metrics").1);
+    assert!(server.log().contains("lost"), "{}", server.log());
+    let next = server.run("u", "import os\nresult = os.listdir()");
+    assert_eq!((&next["result"], next.get("session")), (&json!([]), None), "the next begins anew: {next}");
+}
+
+fn a_sandbox_killed_from_outside(driver: &Driver) {
+    let kill = |engine: &Engine, id: &str| engine.post(&format!("/containers/{id}/kill"));
+    let begun = Instant::now();
+    let (server, answer) = during_a_run(driver, 30_000, kill);
+    assert!(begun.elapsed() < Duration::from_secs(10), "not only at its timeout: {answer}");
+    is_lost(&server, &answer, "crashed", "the sandbox was killed from outside", "killed");
+}
+
+fn a_sandbox_that_is_paused(driver: &Driver) {
+    let pause = |engine: &Engine, id: &str| engine.post(&format!("/containers/{id}/pause"));
+    if !driver.can_pause() {
+        return eprintln!(
+            "{}: passed over: no freezer control group, so this engine cannot pause",
+            driver.name
+        );
+    }
+    let (server, answer) = during_a_run(driver, 1_000, pause);
+    is_lost(&server, &answer, "timeout", "the sandbox is paused", "paused");
+}
+
+fn a_sandbox_whose_pid_1_runs_out_of_memory(driver: &Driver) {
+    if !driver.limits_memory() {
+        return eprintln!("{}: passed over: no control group limits memory", driver.name);
+    }
+    // Nothing but the workspace grows, and when all who may be killed are, it is PID 1's turn.
+    let flags =
+        ["--set", "limits.memory=128MiB", "--set", "limits.workspace=64MiB", "--set", "limits.tmp=16MiB"];
+    let server = driver.own(&[&flags[..], &["--set", "limits.shm=16MiB"]].concat());
+    let code = "import os\nfd = os.memfd_create('x')\nfor n in range(400): os.write(fd, bytes(1 << 20))";
+    let answer = server.run("u", code);
+    assert_eq!(answer["error_detail"]["kind"], "out_of_memory", "{answer}");
+    if answer["session"] == "lost" {
+        is_lost(&server, &answer, "out_of_memory", "the sandbox ran out of memory", "out_of_memory");
+    }
+}
+
+fn a_run_out_of_memory_does_not_lose_its_sandbox(driver: &Driver) {
+    let (server, u) = driver.server(&[]);
+    let answer = server.run(&u, "open('kept', 'w')\nx = b'x' * (1 << 32)");
+    assert_eq!(answer["error_detail"]["kind"], "out_of_memory", "{answer}");
+    assert!(answer.get("session").is_none(), "{answer}");
+    assert_eq!(server.run(&u, "import os\nresult = os.listdir()")["result"], json!(["kept"]));
+}
+
+fn a_sandbox_removed_behind_our_back(driver: &Driver) {
+    let (server, answer) = during_a_run(driver, 30_000, |engine, id| engine.remove(id));
+    is_lost(&server, &answer, "crashed", "the sandbox is gone", "gone");
+}
+
+fn a_sandbox_that_is_killed_while_it_idles_costs_one_run_at_most(driver: &Driver) {
+    let engine = driver.engine().expect("fates are for engines with an API");
+    let instance = crate::drivers::new_instance();
+    let server = server(driver, &instance);
+    server.run("u", "open('f', 'w')");
+    engine.post(&format!("/containers/{}/kill", only_container(engine, &instance)));
+    std::thread::sleep(Duration::from_millis(300));
+    let first = server.run("u", "import os\nresult = os.listdir()");
+    assert_eq!(first["session"], "lost", "the files are gone, and somebody has to say so: {first}");
+    let next = server.run("u", "import os\nresult = os.listdir()");
+    assert_eq!((&next["result"], next.get("session")), (&json!([]), None), "{next}");
+}
+
+fn a_warm_sandbox_that_is_killed_is_given_to_nobody(driver: &Driver) {
+    let engine = driver.engine().expect("fates are for engines with an API");
+    let instance = crate::drivers::new_instance();
+    let server = driver.start(&instance, &["--set", "pool.size=1"]);
+    eventually("it is warm", || server.metric("codesandbox_sandboxes{state=\"warm\"}") == 1.0);
+    engine.post(&format!("/containers/{}/kill", only_container(engine, &instance)));
+    std::thread::sleep(Duration::from_millis(300));
+    let answer = server.run("u", "result = 1");
+    assert_eq!((&answer["result"], answer.get("session")), (&json!(1), None), "{answer}");
+}
+
+fn an_image_that_is_missing_and_may_not_be_pulled_stops_the_start(driver: &Driver) {
+    let mut command = driver.command();
+    command.args(["--listen", "127.0.0.1:0", "--set", "image=localhost/nobody/nothing:1"]);
+    command.args(["--instance", &crate::drivers::new_instance()]);
+    let output = command.output().unwrap();
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(2), "{said}");
+    let remedy = format!("{} pull localhost/nobody/nothing:1", driver.configured());
+    for part in ["localhost/nobody/nothing:1", "pull = \"never\"", &remedy] {
+        assert!(said.contains(part), "{part} is not in {said}");
+    }
+}

@@ -1,0 +1,153 @@
+//! A server that is killed, and the one that comes after it: sessions and their files are as they were.
+
+use std::time::Duration;
+
+use serde_json::json;
+
+use crate::drivers::{self, Driver};
+use crate::engine::Engine;
+use crate::support::{Server, eventually};
+
+behaviours! {
+    "recovery":
+    sessions_outlive_a_killed_server_and_the_next_one,
+    what_nobody_had_claimed_is_removed_at_the_next_start,
+    strangers_on_the_engine_are_left_alone,
+    two_servers_on_one_engine_do_not_touch_each_other,
+    a_run_that_went_on_when_the_server_died_is_over,
+    a_server_that_stops_well_leaves_nothing_to_recover,
+}
+
+fn engine(driver: &Driver) -> &Engine {
+    driver.engine().expect("only containers outlive a server")
+}
+
+fn start(driver: &Driver, instance: &str) -> Server {
+    driver.start(instance, &["--set", "pool.size=1"])
+}
+
+fn kill(mut server: Server) {
+    server.signal(libc::SIGKILL);
+    server.wait();
+}
+
+fn content(server: &Server, user: &str) -> serde_json::Value {
+    let answer = server.run(user, "result = open('f').read()");
+    assert_eq!(answer.get("session"), None, "{user}: {answer}");
+    answer["result"].clone()
+}
+
+fn sessions_outlive_a_killed_server_and_the_next_one(driver: &Driver) {
+    let instance = drivers::new_instance();
+    let mut server = start(driver, &instance);
+    for user in ["a", "b"] {
+        server.run_with(user, "open('f', 'w').write(text)", json!({"data": {"text": user}}));
+    }
+    for time in ["once", "twice", "three times"] {
+        kill(server);
+        server = start(driver, &instance);
+        for user in ["a", "b"] {
+            assert_eq!(server.get(&format!("/sessions/{user}")).0, 200, "{user}, killed {time}");
+            assert_eq!(content(&server, user), user, "killed {time}");
+        }
+        assert_eq!(server.run("a", "print(1)")["stdout"], "1\n", "killed {time}");
+        assert_eq!(server.run("a", "1 / 0")["error_detail"]["name"], "ZeroDivisionError", "killed {time}");
+    }
+    let late = server.run_with("a", "while True: pass", json!({"timeout_ms": 300}));
+    assert_eq!((&late["error_detail"]["kind"], late.get("session")), (&json!("timeout"), None), "{late}");
+    assert_eq!(content(&server, "a"), "a");
+    assert_eq!(server.request("DELETE", "/sessions/a", &[], "").0, 204);
+    assert_eq!(server.run("a", "import os\nresult = os.listdir()")["result"], json!([]));
+}
+
+fn what_nobody_had_claimed_is_removed_at_the_next_start(driver: &Driver) {
+    let instance = drivers::new_instance();
+    let server = driver.start(&instance, &["--set", "pool.size=2"]);
+    server.run("a", "open('f', 'w').write('a')");
+    eventually("two are warm", || server.metric("codesandbox_sandboxes{state=\"warm\"}") == 2.0);
+    let before = engine(driver).containers_of(&instance);
+    assert_eq!(before.len(), 3, "{before:?}");
+    kill(server);
+    let server = driver.start(&instance, &["--set", "pool.size=0"]);
+    eventually("only the claimed one is left", || engine(driver).containers_of(&instance).len() == 1);
+    assert!(before.contains(&engine(driver).containers_of(&instance)[0]));
+    assert_eq!(content(&server, "a"), "a");
+}
+
+fn strangers_on_the_engine_are_left_alone(driver: &Driver) {
+    let engine = engine(driver);
+    let instance = drivers::new_instance();
+    // An instance whose name begins as ours does, one without a label of ours, and one with another label's.
+    let labels = [
+        json!({"codesandbox.instance": format!("{instance}0")}),
+        json!({}),
+        json!({"instance": instance, "other.instance": instance}),
+    ];
+    let strangers: Vec<_> =
+        labels.iter().map(|labels| engine.make_stranger(&drivers::image(), labels)).collect();
+    let strangers = Strangers(engine, strangers);
+    let server = start(driver, &instance);
+    server.run("a", "open('f', 'w').write('a')");
+    kill(server);
+    let server = start(driver, &instance);
+    assert_eq!(content(&server, "a"), "a");
+    drop(server);
+    std::thread::sleep(Duration::from_millis(200));
+    assert!(strangers.are_unharmed(), "a container of somebody else's was touched");
+}
+
+/// Removed in the end, however the trial goes.
+struct Strangers<'a>(&'a Engine, Vec<String>);
+
+impl Strangers<'_> {
+    fn are_unharmed(&self) -> bool {
+        self.1.iter().all(|id| self.0.is_running(id))
+    }
+}
+
+impl Drop for Strangers<'_> {
+    fn drop(&mut self) {
+        self.1.iter().for_each(|id| self.0.remove(id));
+    }
+}
+
+fn two_servers_on_one_engine_do_not_touch_each_other(driver: &Driver) {
+    let (one, other) = (drivers::new_instance(), drivers::new_instance());
+    let (first, second) = (start(driver, &one), start(driver, &other));
+    for (server, text) in [(&first, "first"), (&second, "second")] {
+        server.run_with("a", "open('f', 'w').write(text)", json!({"data": {"text": text}}));
+    }
+    kill(first);
+    let first = start(driver, &one);
+    assert_eq!((content(&first, "a"), content(&second, "a")), (json!("first"), json!("second")));
+    drop(second); // takes its own containers away, and no other
+    assert_eq!(engine(driver).containers_of(&other), Vec::<String>::new());
+    assert_eq!(content(&first, "a"), "first");
+}
+
+fn a_run_that_went_on_when_the_server_died_is_over(driver: &Driver) {
+    let instance = drivers::new_instance();
+    let server = start(driver, &instance);
+    server.run("a", "open('f', 'w').write('0')");
+    let code = "import time\nfor n in range(600):\n open('f', 'w').write(str(n))\n time.sleep(0.1)";
+    let body = json!({"user_id": "a", "code": code, "timeout_ms": 60_000}).to_string();
+    let mut wire = crate::support::Wire::new(&server);
+    wire.send(crate::support::post_bytes(&body));
+    eventually("it runs", || server.get("/sessions/a").1.contains("running"));
+    std::thread::sleep(Duration::from_millis(500));
+    kill(server);
+    assert!(wire.answer().is_none(), "nobody is there to answer");
+    let server = start(driver, &instance);
+    let at = |server: &Server| content(server, "a").as_str().unwrap().parse::<u32>().unwrap();
+    let first = at(&server);
+    std::thread::sleep(Duration::from_millis(400));
+    assert_eq!(at(&server), first, "nothing of it goes on");
+}
+
+fn a_server_that_stops_well_leaves_nothing_to_recover(driver: &Driver) {
+    let instance = drivers::new_instance();
+    let server = start(driver, &instance);
+    server.run("a", "open('f', 'w').write('a')");
+    drop(server);
+    assert_eq!(engine(driver).containers_of(&instance), Vec::<String>::new());
+}
