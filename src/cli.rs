@@ -174,6 +174,13 @@ fn caps(config: &Config, unenforced: &[Limit]) -> Caps {
     // FSIZE for files in memory (memfd), which count as nobody's address space until they are mapped.
     let memory =
         unenforced.contains(&Limit::Memory).then_some([("AS", limits.memory.0), ("FSIZE", limits.memory.0)]);
+    // It counts by uid, and so only where that is the sandbox's own; the embedded driver sets it itself.
+    let own_uid = match config.driver {
+        Driver::Embedded => false,
+        Driver::Docker => config.docker.user.is_empty(),
+        Driver::Podman => config.podman.user.is_empty(),
+    };
+    let processes = own_uid.then_some(("NPROC", limits.processes));
     Caps {
         stdout: limits.stdout.0,
         stderr: limits.stderr.0,
@@ -181,7 +188,7 @@ fn caps(config: &Config, unenforced: &[Limit]) -> Caps {
         error: limits.error.0,
         listing_lines: limits.listing,
         grace_ms: (limits.grace.as_millis() / 2) as u64,
-        rlimits: memory.into_iter().flatten().collect(),
+        rlimits: memory.into_iter().flatten().chain(processes).collect(),
     }
 }
 

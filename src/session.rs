@@ -711,7 +711,7 @@ impl Loss {
             (_, Err(runtime::Error::Unavailable { .. })) => Loss::EngineGone,
             (_, Ok(Fate::Exited { code: KILLED, .. })) => Loss::Killed,
             (E::Unresponsive, _) => Loss::Unresponsive,
-            (E::Ended | E::NotBegun | E::Layer(_), _) => Loss::Died,
+            (E::Ended | E::NotBegun | E::Layer(_) | E::Probe(_), _) => Loss::Died,
         }
     }
 

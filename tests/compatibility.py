@@ -25,48 +25,49 @@ ALONE = 3  # attempts, the later ones without company, before a test that fails 
 
 # What a guest meets first: processes, threads, files, sockets, clocks, and the packages that sit upon them.
 QUICK = """
-    test_asyncio.test_events test_asyncio.test_subprocess test_asyncio.test_unix_events test_concurrent_futures.test_thread_pool
-    test_ctypes test_epoll test_fcntl test_fileio test_fork1 test_hashlib test_json test_locale test_mmap
-    test_multiprocessing_fork.test_misc test_multiprocessing_main_handling test_openpty test_os test_poll test_posix
+    test_asyncio.test_server test_asyncio.test_streams test_asyncio.test_subprocess test_asyncio.test_unix_events
+    test_concurrent_futures.test_thread_pool test_ctypes test_epoll test_fcntl test_fileio test_fork1 test_hashlib
+    test_json test_locale test_mmap test_multiprocessing_fork.test_misc test_openpty test_os test_poll test_posix
     test_pty test_pwd test_random test_resource test_select test_selectors test_shutil test_signal test_site
     test_socket test_sqlite3 test_ssl test_stat test_subprocess test_sysconfig test_tempfile test_thread
     test_threading test_time test_tty test_uuid test_zoneinfo
 """.split()
 
 FULL = QUICK + """
-    test_multiprocessing_fork.test_manager test_multiprocessing_fork.test_processes test_multiprocessing_fork.test_threads
-    test_multiprocessing_forkserver.test_misc test_multiprocessing_forkserver.test_processes
-    test_multiprocessing_spawn.test_manager test_multiprocessing_spawn.test_misc test_multiprocessing_spawn.test_processes
-    test_multiprocessing_spawn.test_threads
-    test_asyncio.test_base_events test_asyncio.test_buffered_proto test_asyncio.test_eager_task_factory
-    test_asyncio.test_futures test_asyncio.test_locks test_asyncio.test_queues test_asyncio.test_runners
-    test_asyncio.test_selector_events test_asyncio.test_sendfile test_asyncio.test_server test_asyncio.test_sock_lowlevel
-    test_asyncio.test_ssl test_asyncio.test_sslproto test_asyncio.test_streams test_asyncio.test_taskgroups
-    test_asyncio.test_tasks test_asyncio.test_threads test_asyncio.test_timeouts test_asyncio.test_waitfor
-    test_concurrent_futures.test_as_completed test_concurrent_futures.test_deadlock test_concurrent_futures.test_init
-    test_concurrent_futures.test_process_pool test_concurrent_futures.test_shutdown test_concurrent_futures.test_wait
-    test__locale test_abc test_argparse test_array test_ast test_atexit test_base64 test_binascii test_bisect test_bool
-    test_buffer test_bufio test_builtin test_bytes test_bz2 test_calendar test_call test_cmath test_cmd_line
-    test_cmd_line_script test_code test_codecs test_collections test_compile test_compileall test_configparser
-    test_contextlib test_copy test_coroutines test_csv test_dataclasses test_datetime test_dbm test_dbm_dumb
-    test_dbm_sqlite3 test_decimal test_descr test_dict test_difflib test_doctest test_eintr test_email test_ensurepip
-    test_enum test_errno test_exceptions test_faulthandler test_file test_file_eintr test_filecmp test_fileinput
-    test_float test_fnmatch test_format test_fractions test_fstring test_ftplib test_functools test_gc test_generators
-    test_genericpath test_getpass test_gettext test_glob test_grammar test_graphlib test_grp test_gzip test_hash test_heapq
-    test_hmac test_html test_http_cookies test_httplib test_httpservers test_imaplib test_import test_importlib
-    test_inspect test_int test_io test_ioctl test_ipaddress test_iter test_itertools test_keyword test_largefile
-    test_linecache test_list test_logging test_long test_lzma test_mailbox test_marshal test_math test_memoryio
-    test_memoryview test_mimetypes test_minidom test_netrc test_numeric_tower test_operator test_optparse
-    test_ordered_dict test_pathlib test_pdb test_pickle test_pkgutil test_platform test_plistlib test_popen test_poplib
-    test_posixpath test_pprint test_profile test_py_compile test_pydoc test_pyexpat test_queue test_range test_re
-    test_readline test_repl test_reprlib test_robotparser test_runpy test_sched test_secrets test_set test_shelve
-    test_shlex test_smtplib test_socketserver test_sort test_statistics test_str test_strftime test_string test_strptime
-    test_struct test_support test_symtable test_sys test_sys_settrace test_syslog test_tarfile test_termios test_textwrap
-    test_threadedtempfile test_threading_local test_threadsignals test_timeit test_timeout test_tokenize test_tomllib
-    test_trace test_traceback test_tracemalloc test_tuple test_types test_typing test_unicode_file
-    test_unicode_file_functions test_unicodedata test_unittest test_urllib test_urllib2 test_urllib2_localnet
-    test_urlparse test_utf8_mode test_venv test_wait3 test_wait4 test_warnings test_wave test_weakref test_webbrowser
-    test_wsgiref test_xml_etree test_xml_etree_c test_xmlrpc test_zipapp test_zipfile test_zipimport test_zlib
+    test_abc test_argparse test_array test_ast test_asyncio.test_base_events test_asyncio.test_buffered_proto
+    test_asyncio.test_eager_task_factory test_asyncio.test_events test_asyncio.test_futures test_asyncio.test_locks
+    test_asyncio.test_queues test_asyncio.test_runners test_asyncio.test_selector_events test_asyncio.test_sendfile
+    test_asyncio.test_sock_lowlevel test_asyncio.test_ssl test_asyncio.test_sslproto test_asyncio.test_taskgroups
+    test_asyncio.test_tasks test_asyncio.test_threads test_asyncio.test_timeouts test_asyncio.test_waitfor test_atexit
+    test_base64 test_binascii test_bisect test_bool test_buffer test_bufio test_builtin test_bytes test_bz2
+    test_calendar test_call test_cmath test_cmd_line test_cmd_line_script test_code test_codecs test_collections
+    test_compile test_compileall test_concurrent_futures.test_as_completed test_concurrent_futures.test_deadlock
+    test_concurrent_futures.test_init test_concurrent_futures.test_process_pool test_concurrent_futures.test_shutdown
+    test_concurrent_futures.test_wait test_configparser test_contextlib test_copy test_coroutines test_csv
+    test_dataclasses test_datetime test_dbm test_dbm_dumb test_dbm_sqlite3 test_decimal test_descr test_dict
+    test_difflib test_doctest test_email test_enum test_errno test_exceptions test_faulthandler test_file
+    test_file_eintr test_filecmp test_fileinput test_float test_fnmatch test_format test_fractions test_fstring
+    test_ftplib test_functools test_gc test_generators test_genericpath test_getpass test_gettext test_glob
+    test_grammar test_graphlib test_grp test_gzip test_hash test_heapq test_hmac test_html test_http_cookies
+    test_httplib test_httpservers test_imaplib test_import test_importlib test_inspect test_int test_io test_ioctl
+    test_ipaddress test_iter test_itertools test_keyword test_largefile test_linecache test_list test_logging
+    test_long test_lzma test_mailbox test_marshal test_math test_memoryio test_memoryview test_mimetypes test_minidom
+    test_multiprocessing_fork.test_manager test_multiprocessing_fork.test_processes
+    test_multiprocessing_fork.test_threads test_multiprocessing_forkserver.test_misc
+    test_multiprocessing_forkserver.test_processes test_multiprocessing_main_handling
+    test_multiprocessing_spawn.test_manager test_multiprocessing_spawn.test_misc
+    test_multiprocessing_spawn.test_processes test_multiprocessing_spawn.test_threads test_netrc test_numeric_tower
+    test_operator test_optparse test_ordered_dict test_pathlib test_pdb test_pickle test_pkgutil test_platform
+    test_plistlib test_popen test_poplib test_posixpath test_pprint test_profile test_py_compile test_pydoc
+    test_pyexpat test_queue test_range test_re test_readline test_repl test_reprlib test_robotparser test_runpy
+    test_sched test_secrets test_set test_shelve test_shlex test_smtplib test_sort test_statistics test_str
+    test_strftime test_string test_strptime test_struct test_support test_symtable test_sys test_sys_settrace
+    test_syslog test_tarfile test_termios test_textwrap test_threading_local test_threadsignals test_timeit
+    test_tokenize test_tomllib test_trace test_traceback test_tracemalloc test_tuple test_types test_typing
+    test_unicode_file test_unicode_file_functions test_unicodedata test_unittest test_urllib test_urllib2
+    test_urllib2_localnet test_urlparse test_utf8_mode test_wait3 test_wait4 test_warnings test_wave test_weakref
+    test_webbrowser test_wsgiref test_xml_etree test_xml_etree_c test_xmlrpc test_zipapp test_zipfile test_zipimport
+    test_zlib
 """.split()
 
 # --- What runs beside the tests, in a sandbox and unconfined alike
@@ -85,7 +86,7 @@ class Outcomes(unittest.TestResult):
 
     def name(self, test):
         test = getattr(test, "test_case", test)  # a subtest counts as its test
-        name = test.id().removeprefix("test.")
+        name = (test.id() if hasattr(test, "id") else repr(test).split(" at 0x")[0]).removeprefix("test.")
         if "(" in name:  # "setUpClass (test.test_os.SomeTests)"
             name = name.split("(")[1].rstrip(")").removeprefix("test.")
         return name if name.startswith(self.module) else "%s: %s" % (self.module, name)
@@ -700,7 +701,7 @@ class Tally:
 
 def programs(driver, server, tally):
     for name, (code, wanted) in CHECKS.items():
-        answer = server.run("programs", code)
+        answer = server.run("programs", code, timeout_s=MODULE_S)
         got = answer.get("result")
         tally.check(got == wanted, "%s, %s: %s instead of %s" % (
             driver, name, answer.get("error") or got or answer, wanted))

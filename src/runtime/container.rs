@@ -184,8 +184,11 @@ pub(super) fn environment(spec: &SandboxSpec) -> impl Iterator<Item = (&'static 
 }
 
 /// Resource limits by their names without `RLIMIT_`, in lower case.
+///
+/// Not `nproc`: the engine's runtime sets them while it still is the engine's own user, of whose processes there
+/// may be more, and then no container starts. The supervisor sets it for each run.
 pub(super) fn resources(spec: &SandboxSpec) -> impl Iterator<Item = (&'static str, u64)> {
-    RESOURCES.into_iter().chain([("nofile", spec.open_files), ("nproc", spec.processes)])
+    RESOURCES.into_iter().chain([("nofile", spec.open_files)])
 }
 
 /// The names of this instance's containers: unclaimed, `codesandbox-INSTANCE-new-RANDOM`; claimed,

@@ -690,10 +690,8 @@ mod tests {
             let all = host["Ulimits"].as_array().unwrap().iter();
             all.filter(|limit| limit["Name"] == name).map(|limit| limit["Hard"].clone()).collect::<Vec<_>>()
         };
-        assert_eq!(
-            (limit("nofile"), limit("nproc"), limit("core")),
-            (vec![json!(64)], vec![json!(64)], vec![json!(0)])
-        );
+        assert_eq!((limit("nofile"), limit("core")), (vec![json!(64)], vec![json!(0)]));
+        assert!(limit("nproc").is_empty(), "it would count the processes of the daemon's own user");
     }
 
     #[test]

@@ -121,6 +121,9 @@ pub enum Error {
     /// Bytes that are no frame of ours.
     #[error("the supervisor sent {0}")]
     Violation(#[from] Violation),
+    /// The program that looks at a sandbox from inside failed there.
+    #[error("the sandbox could not be looked at from inside: {0}")]
+    Probe(String),
     /// A sandbox without a layer that was asked for.
     #[error("the sandbox lacks the layer {0}")]
     Layer(&'static str),
@@ -237,7 +240,11 @@ impl Supervisor {
         let data = serde_json::to_string(spec).expect("numbers under string keys are always JSON");
         let run = Run { code: PROBE, data: &data, stdin: "", timeout: Duration::from_secs(10) };
         let report = self.run(&run).await?;
-        let Outcome::Result(found) = report.outcome else { return Err(Violation::Content("probe").into()) };
+        let found = match report.outcome {
+            Outcome::Result(found) => found,
+            Outcome::Failed(detail) => return Err(Error::Probe(detail.message())),
+            Outcome::Killed => return Err(Error::Probe("it was killed".into())),
+        };
         let found: std::collections::BTreeMap<String, String> =
             serde_json::from_str(found.get()).map_err(|_| Violation::Content("probe"))?;
         for (name, hole) in found {

@@ -58,9 +58,13 @@ with open("/proc/self/mountinfo") as file:
             hole("root_file_system", "%s can be written to" % place)
 
 # Limits of each process, and of the control group where it can be seen from inside.
-for name, most in (("NOFILE", open_files), ("NPROC", processes), ("CORE", 0)):
-    if not 0 <= resource.getrlimit(getattr(resource, "RLIMIT_" + name))[1] <= most:
-        hole("processes" if name == "NPROC" else "resources", "RLIMIT_%s is not limited" % name)
+def is_within(name, most):
+    return 0 <= resource.getrlimit(getattr(resource, "RLIMIT_" + name))[1] <= most
+
+
+for name, most in (("NOFILE", open_files), ("CORE", 0)):
+    if not is_within(name, most):
+        hole("resources", "RLIMIT_%s is not limited" % name)
 
 
 def group(controller, version_1, version_2):
@@ -74,13 +78,12 @@ def group(controller, version_1, version_2):
     return []
 
 
-for layer, files, most in (
-    ("memory", ("memory", "memory.limit_in_bytes", "memory.max"), memory_bytes),
-    ("processes", ("pids", "pids.max", "pids.max"), processes),
-):
-    found = group(*files)
-    if found and not (found[0].isdigit() and int(found[0]) <= most):
-        hole(layer, "the control group's limit is %s" % found[0])
+found = group("memory", "memory.limit_in_bytes", "memory.max")
+if found and not (found[0].isdigit() and int(found[0]) <= memory_bytes):
+    hole("memory", "the control group's limit is %s" % found[0])
+found = group("pids", "pids.max", "pids.max")
+if not (found and found[0].isdigit() and int(found[0]) <= processes) and not is_within("NPROC", processes):
+    hole("processes", "neither RLIMIT_NPROC nor the control group, %s, is that small" % (found or "which is not seen"))
 period = int((group("cpu", "cpu.cfs_period_us", "cpu.max")[-1:] or ["100000"])[0])
 quota = (group("cpu", "cpu.cfs_quota_us", "cpu.max")[:1] or [None])[0]
 if quota is not None and not (quota.isdigit() and int(quota) <= cpus * period * 1.01 + 1000):
