@@ -42,8 +42,8 @@ const FIRST_UID: u32 = 10_000;
 const ROOT_UIDS: (u32, u32) = (2_140_000_000, 7_000_000);
 const CGROUPS: &str = "control groups version 2, delegated to this user (memory, cpu and pids in \
                        /sys/fs/cgroup/user.slice/…/cgroup.controllers); or name the limit in allow_unenforced";
-/// Ends when its stdin does; the second line of the conversation that tells whether it does.
-const STDIN_PROBE: &str = "import os; os.read(0, 1); os.write(1, b'x'); os.read(0, 1)";
+/// Gives back what it gets, until its stdin ends.
+const STDIN_PROBE: &str = "import os\nwhile os.read(0, 1): os.write(1, b'x')";
 
 /// Where the service reads our seccomp profile: its API takes a path on its own host, and no text.
 #[derive(Debug, Clone)]
@@ -446,18 +446,25 @@ impl Inner {
         let spec = SandboxSpec::smallest();
         let Sandbox { id, mut stream } = self.make(self.names.helper()?, &spec, program).await?;
         // An attach is acknowledged before it is wired: what comes back proves that it is.
-        let echo = async {
-            stream.write_all(b"x").await?;
-            stream.flush().await?;
-            stream.read_u8().await
+        let answers = async |stream: &mut super::Duplex| {
+            let echo = async {
+                stream.write_all(b"x").await?;
+                stream.flush().await?;
+                stream.read_u8().await
+            };
+            tokio::time::timeout(EOF_WAIT, echo).await.is_ok_and(|byte| byte.is_ok())
         };
-        let echoed = tokio::time::timeout(CALL_TIMEOUT, echo).await.unwrap_or_else(|late| Err(late.into()));
+        let wired = answers(&mut stream).await;
         drop(stream);
         let path = format!("/containers/{id}/wait?condition=exited");
         let end = self.raw.call(Method::POST, &path, &Value::Null);
-        let survives = tokio::time::timeout(EOF_WAIT, end).await.is_err();
+        let lives = tokio::time::timeout(EOF_WAIT, end).await.is_err();
+        let survives = match self.attach(&id).await {
+            Ok(mut again) if wired && lives => answers(&mut again.stream).await,
+            _ => false,
+        };
         self.remove(&id).await?;
-        echoed.map_err(Error::failed("try whether a container's stdin stays open"))?;
+        tracing::debug!(wired, lives, survives, "tried whether a container's stdin stays open");
         Ok(survives)
     }
 
