@@ -11,7 +11,7 @@ use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand};
 
-use crate::config::{Config, Driver, Layers};
+use crate::config::{Config, Driver, Layers, LogFormat};
 use crate::runtime::{Limit, SandboxSpec};
 use crate::server::auth::Key;
 use crate::supervisor::Caps;
@@ -210,4 +210,22 @@ fn session_settings(config: &Config) -> session::Settings {
         max: config.session.max,
         queue: config.session.queue,
     }
+}
+
+/// How far an engine is with what takes long (the pull of an image), for commands that are no server.
+const PROGRESS: &str = "codesandbox::runtime=info";
+
+/// `filter` is as the configuration's `log`.
+fn log_to_stderr(config: &Config, filter: &str) -> Result<(), Failure> {
+    let filter = tracing_subscriber::EnvFilter::try_new(filter)
+        .map_err(|error| format!("configuration key log: {error}"))?;
+    let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    match config.log_format {
+        LogFormat::Text => {
+            let colours = std::io::IsTerminal::is_terminal(&std::io::stderr());
+            builder.with_ansi(colours).with_target(false).init();
+        }
+        LogFormat::Json => builder.json().init(),
+    }
+    Ok(())
 }

@@ -17,7 +17,8 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 ENGINES = os.path.realpath(os.environ.get("ENGINES_DIR", "/var/tmp/codesandbox-engines"))
 DRIVERS = ["embedded", "docker", "podman"]
 IMAGE = "localhost/codesandbox-test/compatibility:3.13"
-WORKERS = 4  # sandboxes at once: most of these tests wait
+CGROUP_V2 = os.path.exists("/sys/fs/cgroup/cgroup.controllers")
+WORKERS = 6  # sandboxes at once: most of these tests wait
 MODULE_S = 300  # for the tests of one module
 ALONE = 3  # attempts, the later ones without company, before a test that fails counts as failed
 
@@ -44,7 +45,7 @@ FULL = QUICK + """
     test_compile test_compileall test_concurrent_futures.test_as_completed test_concurrent_futures.test_deadlock
     test_concurrent_futures.test_init test_concurrent_futures.test_process_pool test_concurrent_futures.test_shutdown
     test_concurrent_futures.test_wait test_configparser test_contextlib test_copy test_coroutines test_csv
-    test_dataclasses test_datetime test_dbm test_dbm_dumb test_dbm_sqlite3 test_decimal test_descr test_dict
+    test_dataclasses test_dbm test_dbm_dumb test_dbm_sqlite3 test_decimal test_descr test_dict
     test_difflib test_doctest test_email test_enum test_errno test_exceptions test_faulthandler test_file
     test_file_eintr test_filecmp test_fileinput test_float test_fnmatch test_format test_fractions test_fstring
     test_ftplib test_functools test_gc test_generators test_genericpath test_getpass test_gettext test_glob
@@ -136,7 +137,7 @@ def main(module, path):
     except unittest.SkipTest as reason:
         return report([module, "skipped", str(reason)])
     tests.run(Outcomes(module, report))
-    report([module, "ended", ""])
+    report(["", "ended", ""])
 
 
 if __name__ == "__main__":
@@ -175,9 +176,7 @@ def outcomes(module, tester, timeout_s):
                     found[name] = [outcome, why]
     for name in [name for name in found if found[name][0] == "begun"]:
         found[name] = ["failed", "never ended: the module " + ended]
-    if module in found and found[module][0] == "ended":
-        del found[module]
-    elif module not in found:
+    if not found.pop("", None) and module not in found:
         with open(log, errors="replace") as file:
             found[module] = ["failed", ended + ": " + file.read()[-600:]]
     for path in (top, work):
@@ -551,7 +550,7 @@ class Server:
         else:
             url, user = os.environ["TEST_PODMAN_HOST"], pwd.getpwnam(os.environ["TEST_PODMAN_USER"])
             flags += ["--set", "podman.url=" + url]
-            if not os.path.exists("/sys/fs/cgroup/cgroup.controllers"):
+            if not CGROUP_V2:
                 flags += ["--allow-unenforced", "memory,cpus"]  # what rootless Podman lacks under cgroup v1
             runtime = os.path.join(os.path.dirname(url.removeprefix("unix://")), "run")
             prefix = ["setpriv", "--reuid=%d" % user.pw_uid, "--regid=%d" % user.pw_gid, "--clear-groups"]
@@ -637,7 +636,9 @@ def confined(server, modules, workers=WORKERS):
             code = INSIDE + "\nresult = outcomes(module, tester, timeout_s)"
             data = {"module": module, "tester": TESTER, "timeout_s": MODULE_S}
             answer = server.run("user%d" % number, code, data, MODULE_S + 60)
-            found[module] = answer.get("result") or {module: ["failed", "the run: %s" % answer.get("error", answer)]}
+            found[module] = answer.get("result")
+            if not isinstance(found[module], dict):
+                found[module] = {module: ["failed", "the run: %s" % answer.get("error", answer)]}
             times[module] = time.monotonic() - begun
 
     with concurrent.futures.ThreadPoolExecutor(workers) as pool:
@@ -656,7 +657,8 @@ def differences(reference, found):
     # What failed as a whole: a module, or a class in its setUpClass. Its tests are missing for that very reason.
     whole = [name for name, (outcome, _) in found.items() if outcome != "passed" and name not in reference]
     for name in whole:
-        below = [test for test in different if test.startswith(name + ".") and different[test].startswith("missing")]
+        begins = name + ".", name + ":"
+        below = [test for test in different if test.startswith(begins) and different[test].startswith("missing")]
         if below:
             different[name] = "%s: %s" % tuple(found[name])
             for test in below:
@@ -764,8 +766,12 @@ def main():
         os.chmod(place, 0o755)
         program = shutil.copy(arguments.program, os.path.join(place, "codesandbox"))
         for driver in drivers:
-            # With the default limits, but for numpy's threads.
-            server = Server(driver, program, root, ["limits.cpus=2", "limits.timeout_max=5m"])
+            # With the default limits, but for numpy's threads; and where memory is a limit on address space, as with
+            # rootless Podman under cgroup v1, the default of 512 MiB ends with 14 threads.
+            limits = ["limits.cpus=2", "limits.timeout_max=5m"]
+            if driver == "podman" and not CGROUP_V2:
+                limits.append("limits.memory=2GiB")
+            server = Server(driver, program, root, limits)
             programs(driver, server, tally)
             server.stop()
             server = Server(driver, program, root, TEST_LIMITS)

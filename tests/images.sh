@@ -39,7 +39,8 @@ step() { # NAME COMMAND...
 
 prepare() {
     local want missing=()
-    for want in curl iptables mmdebstrap podman slirp4netns /usr/lib/podman/netavark:netavark systemd-analyze:systemd; do
+    for want in curl iptables mmdebstrap podman slirp4netns systemd-analyze:systemd \
+        /usr/lib/podman/{aardvark-dns:aardvark-dns,netavark:netavark}; do
         command -v "${want%:*}" >/dev/null || missing+=("${want#*:}")
     done
     [ ${#missing[@]} = 0 ] || DEBIAN_FRONTEND=noninteractive apt-get -qq install -y --no-install-recommends "${missing[@]}" >/dev/null
@@ -203,7 +204,7 @@ quadlet_down() { # its ExecStop
 }
 
 compose() {
-    "${as_user[@]}" -C "$dir/home" PYTHONPATH="$tools/usr/lib/python3/dist-packages" \
+    "${as_user[@]}" env -C "$dir/home" PYTHONPATH="$tools/usr/lib/python3/dist-packages" \
         /usr/bin/python3 "$tools/usr/bin/podman-compose" --podman-args "--runroot $dir/rr" \
         -f compose.yaml -f ours.yaml --profile podman "$@" >>"$dir/log/compose" 2>&1
 }

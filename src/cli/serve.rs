@@ -8,8 +8,8 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
 
 use super::engine::start_runtime;
-use super::{Failure, caps, pool_settings, session_settings, spec};
-use crate::config::{AuthMode, Config, LogFormat};
+use super::{Failure, caps, log_to_stderr, pool_settings, session_settings, spec};
+use crate::config::{AuthMode, Config};
 use crate::metrics::Metrics;
 use crate::pool::Pool;
 use crate::probe::{Findings, probe};
@@ -20,7 +20,7 @@ use crate::server::{BodyRoom, Server, Settings, State};
 use crate::session::Sessions;
 
 pub(super) async fn serve(config: Config) -> Result<ExitCode, Failure> {
-    log_to_stderr(&config)?;
+    log_to_stderr(&config, &config.log)?;
     let auth = watched_auth(&config)?;
     // Before anything else, so that a stop is obeyed from the first moment on.
     let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
@@ -161,18 +161,4 @@ fn capabilities(config: &Config, findings: &Findings) -> serde_json::Value {
         },
         "layers": findings.engine.layers,
     })
-}
-
-fn log_to_stderr(config: &Config) -> Result<(), Failure> {
-    let filter = tracing_subscriber::EnvFilter::try_new(&config.log)
-        .map_err(|error| format!("configuration key log: {error}"))?;
-    let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
-    match config.log_format {
-        LogFormat::Text => {
-            let colours = std::io::IsTerminal::is_terminal(&std::io::stderr());
-            builder.with_ansi(colours).with_target(false).init();
-        }
-        LogFormat::Json => builder.json().init(),
-    }
-    Ok(())
 }

@@ -340,6 +340,15 @@ pub(super) fn image_missing(driver: &str, image: &str, why: &str) -> Error {
     }
 }
 
+/// Where the image could not be fetched.
+pub(super) fn pull_failed(driver: &str, image: &str, why: &str) -> Error {
+    Error::Unusable {
+        what: format!("pull the image {image}"),
+        why: why.trim().to_owned(),
+        remedy: format!("see what `{driver} pull {image}` says; or set image to one that is there"),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

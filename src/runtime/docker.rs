@@ -288,10 +288,10 @@ async fn pull(client: &Client, image: &str) -> Result<()> {
         let step = match steps.next().await {
             None => break,
             Some(Ok(step)) => step,
-            Some(Err(error)) => return Err(container::image_missing(DRIVER, image, &error.to_string())),
+            Some(Err(error)) => return Err(container::pull_failed(DRIVER, image, &error.to_string())),
         };
         if let Some(error) = step.error_detail.and_then(|detail| detail.message) {
-            return Err(container::image_missing(DRIVER, image, &error));
+            return Err(container::pull_failed(DRIVER, image, &error));
         }
         if let (Some(id), Some(progress)) = (step.id, step.progress_detail) {
             layers.insert(id, (progress.current.unwrap_or(0), progress.total.unwrap_or(0)));

@@ -306,9 +306,9 @@ async fn pull(client: &Client, image: &str) -> Result<()> {
     let images = client.images();
     let mut steps = images.pull(&options);
     while let Some(step) = steps.next().await {
-        let step = step.map_err(|error| container::image_missing(DRIVER, image, &error.to_string()))?;
+        let step = step.map_err(|error| container::pull_failed(DRIVER, image, &error.to_string()))?;
         if let Some(error) = step.error {
-            return Err(container::image_missing(DRIVER, image, &error));
+            return Err(container::pull_failed(DRIVER, image, &error));
         }
         if let Some(said) = step.stream {
             tracing::info!(image, "{}", said.trim());

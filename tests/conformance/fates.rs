@@ -7,6 +7,7 @@ use serde_json::{Value, json};
 
 use crate::drivers::Driver;
 use crate::engine::Engine;
+use crate::proxy::Proxy;
 use crate::support::{Server, eventually};
 
 behaviours! {
@@ -18,6 +19,8 @@ behaviours! {
     a_sandbox_removed_behind_our_back,
     a_sandbox_that_is_killed_while_it_idles_costs_one_run_at_most,
     a_warm_sandbox_that_is_killed_is_given_to_nobody,
+    an_engine_that_goes_and_comes_back,
+    a_runtime_that_the_engine_does_not_have_stops_the_start,
     an_image_that_is_missing_and_may_not_be_pulled_stops_the_start,
 }
 
@@ -114,6 +117,38 @@ fn a_sandbox_removed_behind_our_back(driver: &Driver) {
         _ => ("the sandbox was killed from outside", "killed"),
     };
     is_lost(&server, &answer, "crashed", value, reason);
+}
+
+fn an_engine_that_goes_and_comes_back(driver: &Driver) {
+    let proxy = Proxy::to(driver.engine().expect("fates are for engines with an API").socket());
+    let url = format!("{}.url=\"unix://{}\"", driver.configured(), proxy.socket().display());
+    let server = driver.own(&["--set", "pool.size=0", "--set", &url]);
+    server.run("u", "open('f', 'w')");
+    let answer = std::thread::scope(|scope| {
+        let code = "import time\ntime.sleep(60)";
+        let run = scope.spawn(|| server.run_with("u", code, json!({"timeout_ms": 30_000})));
+        eventually("it runs", || server.get("/sessions/u").1.contains("running"));
+        std::thread::sleep(Duration::from_millis(500));
+        proxy.cut();
+        run.join().unwrap()
+    });
+    assert_eq!(answer["session"], "lost", "{answer}");
+    assert_eq!(answer["error_detail"]["value"], "the engine does not answer", "{answer}");
+    assert_eq!(server.metric("codesandbox_sandboxes_lost_total{reason=\"engine_gone\"}"), 1.0);
+    let (status, answer) = server.post(r#"{"user_id":"u","code":"result = 1"}"#);
+    assert_eq!((status, &answer["code"]), (503, &json!("engine_unavailable")), "{answer}");
+    let errors = "codesandbox_engine_errors_total{operation=\"create\",reason=\"unavailable\"}";
+    assert!(server.metric(errors) >= 1.0, "{}", server.get("/metrics").1);
+    proxy.mend();
+    assert_eq!(server.run("u", "result = 2")["result"], 2, "by itself");
+}
+
+fn a_runtime_that_the_engine_does_not_have_stops_the_start(driver: &Driver) {
+    let runtime = format!("{}.runtime=nonsense", driver.configured());
+    let output = driver.command().args(["doctor", "--set", &runtime]).output().unwrap();
+    let error = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(2), "{error}");
+    assert!(error.contains("nonsense") && error.contains("runc") && error.contains("what helps"), "{error}");
 }
 
 fn a_sandbox_that_is_killed_while_it_idles_costs_one_run_at_most(driver: &Driver) {

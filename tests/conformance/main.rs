@@ -14,6 +14,7 @@ mod engine;
 mod fates;
 mod hostile;
 mod isolation;
+mod proxy;
 mod pythons;
 mod recovery;
 mod runtime;
