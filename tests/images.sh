@@ -18,7 +18,7 @@ fi
 [ "$(id -u)" = 0 ] || { echo "images: root is needed" >&2; exit 1; }
 : "${TEST_PODMAN_HOST:?run it with tests/engines.sh run tests/images.sh}" "${TEST_PODMAN_USER:?}" "${TEST_IMAGE:?}"
 # Whatever is mounted here goes with the last process of it.
-[ -n "${IMAGES_MOUNTS:-}" ] || IMAGES_MOUNTS=1 exec unshare --mount "$0" "$@"
+[ -n "${IMAGES_MOUNTS:-}" ] || IMAGES_MOUNTS=1 exec unshare --mount "$PWD/tests/${0##*/}" "$@"
 
 user=$TEST_PODMAN_USER
 socket=${TEST_PODMAN_HOST#unix://}
@@ -45,6 +45,7 @@ prepare() {
     done
     [ ${#missing[@]} = 0 ] || DEBIAN_FRONTEND=noninteractive apt-get -qq install -y --no-install-recommends "${missing[@]}" >/dev/null
     install -d -m 755 "$dir" "$dir/cache" "$dir/log"
+    end_processes
     rm -rf --one-file-system "$run" "$dir/rr" "$dir/shm"
     install -d -o "$user" -g "$user" -m 700 "$run" "$run/codesandbox" "$dir/rr" "$dir/shm" "$dir/home" "$dir/tmp"
     # Else it would share its locks with the user's other Podmans; and here only root may use the machine's own tun.
@@ -304,13 +305,17 @@ give_image() { # IMAGE
     given=$1
 }
 
+# Also the one that holds a rootless Podman's user namespace, and what is left of an earlier life.
+end_processes() {
+    { grep -lszFx "XDG_RUNTIME_DIR=$run" /proc/[0-9]*/environ || true; } | cut -d/ -f3 | xargs -r kill 2>/dev/null || true
+}
+
 given=
 clean_up() {
     podman rm -a -f >/dev/null || true
     remove_sandboxes || true
     [ -z "$given" ] || engine "/images/$given?force=true" -X DELETE >/dev/null || true
-    # The process that holds the user namespace of a rootless Podman.
-    xargs -r kill <"$run/libpod/tmp/pause.pid" || true
+    end_processes
     (cd "$dir" && rm -rf --one-file-system context home units tun rust)
 }
 

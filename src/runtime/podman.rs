@@ -34,6 +34,10 @@ const CALL_TIMEOUT: Duration = Duration::from_secs(20);
 const ATTACH_ATTEMPTS: u32 = 50;
 /// See `ATTACH_ATTEMPTS`.
 const ATTACH_PAUSE: Duration = Duration::from_millis(20);
+/// A container that has ended is looked at again until conmon has told its exit status.
+const EXIT_ATTEMPTS: u32 = 25;
+/// See `EXIT_ATTEMPTS`.
+const EXIT_PAUSE: Duration = Duration::from_millis(20);
 /// In which a container that loses its stdin has ended: a guess, a hundred times what it takes.
 const EOF_WAIT: Duration = Duration::from_secs(3);
 /// The first uid and gid of a sandbox, in the user namespace that all of this engine's containers are in.
@@ -640,10 +644,20 @@ impl Runtime for Podman {
     }
 
     async fn fate(&self, id: &SandboxId) -> Result<Fate> {
-        let container = match self.0.inspect(id).await {
-            Ok(container) => container,
-            Err(Error::Gone(_)) => return Ok(Fate::Gone),
-            Err(error) => return Err(error),
+        let mut attempts = EXIT_ATTEMPTS;
+        let container = loop {
+            let container = match self.0.inspect(id).await {
+                Ok(container) => container,
+                Err(Error::Gone(_)) => return Ok(Fate::Gone),
+                Err(error) => return Err(error),
+            };
+            // Its end is known, and how is not yet.
+            let unsettled = matches!(container["State"]["Status"].as_str(), Some("stopped" | "stopping"));
+            if !unsettled || attempts == 0 {
+                break container;
+            }
+            attempts -= 1;
+            tokio::time::sleep(EXIT_PAUSE).await;
         };
         let state = &container["State"];
         let limited = self.0.host.enforces("memory");
@@ -655,8 +669,8 @@ impl Runtime for Podman {
                 Fate::Running { out_of_memory_kills: (!limited).then_some(0) }
             }
             "paused" => Fate::Paused,
-            "exited" | "stopped" if state["OOMKilled"] == true => Fate::OutOfMemory,
-            "exited" | "stopped" => Fate::Exited { code, stderr: self.0.words_of(id) },
+            "exited" | "stopped" | "stopping" if state["OOMKilled"] == true => Fate::OutOfMemory,
+            "exited" | "stopped" | "stopping" => Fate::Exited { code, stderr: self.0.words_of(id) },
             _ => Fate::Gone,
         })
     }
@@ -700,6 +714,10 @@ async fn within_crate<T>(
 fn of(failure: Failure, id: &SandboxId, what: &str) -> Error {
     match failure {
         Failure::Refused(Refusal { status: StatusCode::NOT_FOUND, .. }) => Error::Gone(id.clone()),
+        // In the middle of a removal Podman says 500.
+        Failure::Refused(Refusal { message, .. }) if message.contains("no such container") => {
+            Error::Gone(id.clone())
+        }
         other => at(other, format!("{what} sandbox {id}")),
     }
 }

@@ -39,6 +39,7 @@ PARK_WAIT_S = 5.0  # for a PID 1 whose server has only just left
 OOM_SCORE_ADJ = "900"  # of all but the supervisor, whose own comes from the engine
 NICE = 10  # of all but the supervisor: a guest's fork bomb must not starve what is to stop it
 WARM_AFTER_S = 0.002  # a sandbox that is busy has its next task sooner, and saves the warming
+MOST_ENDED = 256  # children collected in one go
 ATTEMPTS = 3  # to begin a run, before the sandbox is given up
 REAP_S = 5.0  # a process that outlives SIGKILL by this much condemns the sandbox
 LISTING_BYTES = 512 * 1024  # a name may be 255 bytes of escapes, so lines alone are no bound
@@ -662,10 +663,11 @@ def kill_until_nothing_is_left():
 
 
 def collect():
-    """Takes note of every child that has ended."""
+    """Takes note of the children that have ended: so many at once that a fork bomb cannot keep us at it."""
     try:
-        while os.waitpid(-1, os.WNOHANG)[0]:
-            pass
+        for _ in range(MOST_ENDED):
+            if not os.waitpid(-1, os.WNOHANG)[0]:
+                break
     except ChildProcessError:
         pass
 
