@@ -10,7 +10,7 @@ once per driver. A test that passes there but not in a sandbox is a difference, 
 tests/compatibility.toml: one without is a failure, and an entry that no longer occurs is told. Root.
 """
 
-import argparse, concurrent.futures, fnmatch, hashlib, http.client, json, os, pwd, queue, re, shutil, signal, socket
+import argparse, atexit, concurrent.futures, fnmatch, hashlib, http.client, json, os, pwd, queue, re, shutil, signal, socket
 import subprocess, sys, tempfile, threading, time, tomllib
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -562,6 +562,7 @@ class Server:
             flags += ["--set", setting]
         command = [*prefix, program, "--driver", driver, *flags]
         self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd="/")
+        atexit.register(self.process.terminate)  # for whatever ends in the middle
         self.said, self.users = [], set()
         for line in self.process.stderr:
             found = re.search(r"listening on http://([\d.]+):(\d+)", line)
