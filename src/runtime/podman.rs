@@ -135,8 +135,8 @@ fn container_request(
     program: Vec<String>,
 ) -> Value {
     let tmpfs = |destination: &str, size: u64, mode: &str| {
-        // Podman takes no uid, gid or nr_inodes here: whoever is inside may write, and memory bounds the inodes.
-        let options = ["rw", "exec", "nosuid", "nodev", &format!("size={size}"), mode];
+        // Podman takes no uid and gid here, but U: the guest's own. Nor nr_inodes: memory bounds the inodes.
+        let options = ["rw", "exec", "nosuid", "nodev", "U", &format!("size={size}"), mode];
         json!({"destination": destination, "type": "tmpfs", "source": "tmpfs", "options": options})
     };
     let rlimits: Vec<_> = container::resources(spec)
@@ -177,7 +177,7 @@ fn container_request(
         "image_volume_mode": "ignore",
         "mask": MASKED_PATHS,
         "mounts": [
-            tmpfs(WORKSPACE, spec.workspace_bytes, "mode=1777"),
+            tmpfs(WORKSPACE, spec.workspace_bytes, "mode=0755"),
             tmpfs("/tmp", spec.tmp_bytes, "mode=1777"),
             tmpfs("/dev/shm", spec.shm_bytes, "mode=1777"),
         ],

@@ -134,9 +134,8 @@ impl Driver {
         }
     }
 
-    /// Podman takes no `nr_inodes`, `uid` and `gid` for a tmpfs: memory bounds its inodes, and it is root's, with
-    /// room for everyone.
-    pub(crate) fn sets_up_tmpfs(&self) -> bool {
+    /// Podman takes no `nr_inodes` for a tmpfs: memory bounds its inodes.
+    pub(crate) fn limits_inodes(&self) -> bool {
         !matches!(self.kind, Kind::Podman { .. })
     }
 

@@ -99,8 +99,8 @@ struct Program {
     expect: Expect,
     /// Where no control group limits memory, and this gives another outcome.
     without_group: Option<Expect>,
-    /// Where a file system is root's, and nothing but memory bounds its inodes.
-    on_roots_tmpfs: Option<Expect>,
+    /// Where nothing but memory bounds a file system's inodes.
+    without_inode_limit: Option<Expect>,
     /// In a container, whose image is its own.
     in_a_container: Option<Expect>,
     timeout_ms: u64,
@@ -119,7 +119,7 @@ fn program(name: &'static str, expect: Expect, code: &'static str) -> Program {
         code,
         expect,
         without_group: None,
-        on_roots_tmpfs: None,
+        without_inode_limit: None,
         in_a_container: None,
         timeout_ms: 10_000,
         stdout: None,
@@ -139,8 +139,8 @@ impl Program {
     fn without_group(self, expect: Expect) -> Program {
         Program { without_group: Some(expect), ..self }
     }
-    fn on_roots_tmpfs(self, expect: Expect) -> Program {
-        Program { on_roots_tmpfs: Some(expect), ..self }
+    fn without_inode_limit(self, expect: Expect) -> Program {
+        Program { without_inode_limit: Some(expect), ..self }
     }
     fn in_a_container(self, expect: Expect) -> Program {
         Program { in_a_container: Some(expect), ..self }
@@ -213,7 +213,7 @@ fn bombs() -> Vec<Program> {
         program("memory_by_tmp", Gives("\"ENOSPC\""), "def fill():\n with open('/tmp/x', 'wb', 0) as f:\n  while f.write(bytes(1 << 20)): pass\nresult = refused(fill)"),
         program("all_file_systems_full_at_once", Gives("[\"ENOSPC\",\"ENOSPC\",\"ENOSPC\"]"), "def fill(p):\n with open(p, 'wb', 0) as f:\n  while f.write(bytes(1 << 20)): pass\nresult = [refused(fill, p + '/x') for p in ('/workspace', '/tmp', '/dev/shm')]"),
         program("inodes", Gives("\"ENOSPC\""), "os.mkdir('d')\ndef fill():\n for n in range(20000): os.close(os.open('d/%d' % n, os.O_CREAT | os.O_WRONLY))\nresult = refused(fill)")
-            .on_roots_tmpfs(Gives("\"works\"")),
+            .without_inode_limit(Gives("\"works\"")),
         program("sparse_file", Gives("[268435456,0]"), "with open('sparse', 'wb') as f: f.truncate(1 << 28)\ns = os.stat('sparse')\nresult = [s.st_size, s.st_blocks]"),
         program("sparse_file_of_a_tebibyte", OneOf(&["ok", "raised"]), "with open('sparse', 'wb') as f: f.truncate(1 << 40)\nresult = os.stat('sparse').st_blocks"),
         program("memory_by_pipes", OneOf(&["ok", "out_of_memory"]), "import fcntl\npipes = []\ntry:\n while True:\n  r, w = os.pipe(); pipes.append((r, w)); os.set_blocking(w, False)\n  try: fcntl.fcntl(w, 1031, 1 << 20)\n  except OSError: pass\n  try:\n   while True: os.write(w, bytes(65536))\n  except BlockingIOError: pass\nexcept OSError as e: result = e.errno == errno.EMFILE"),
@@ -551,12 +551,9 @@ fn files() -> Vec<Program> {
         program("names_of_255_bytes", Gives("1"), "for n in range(300): open(('%03d' % n) + '\\x01' * 252, 'w')\nresult = 1"),
         program("directories_deeper_than_a_path", Gives("true"), "deep = 0\nfor deep in range(1500): os.mkdir('d' * 20); os.chdir('d' * 20)\nresult = deep > 1000"),
         program("directories_that_nobody_may_read", Gives("1"), "os.makedirs('a/b'); os.chmod('a', 0)\nopen('f', 'w'); os.chmod('f', 0)\nresult = 1"),
-        program("the_workspace_itself_that_nobody_may_enter", Gives("1"), "os.chmod('/workspace', 0)\nresult = 1")
-            .on_roots_tmpfs(Kind("raised")),
-        program("the_workspace_that_nobody_may_list", Gives("1"), "open('a', 'w'); os.chmod('/workspace', 0o300)\nresult = 1")
-            .on_roots_tmpfs(Kind("raised")),
-        program("tmp_and_shm_that_nobody_may_enter", Gives("1"), "os.chmod('/tmp', 0); os.chmod('/dev/shm', 0)\nresult = 1")
-            .on_roots_tmpfs(Kind("raised")),
+        program("the_workspace_itself_that_nobody_may_enter", Gives("1"), "os.chmod('/workspace', 0)\nresult = 1"),
+        program("the_workspace_that_nobody_may_list", Gives("1"), "open('a', 'w'); os.chmod('/workspace', 0o300)\nresult = 1"),
+        program("tmp_and_shm_that_nobody_may_enter", Gives("1"), "os.chmod('/tmp', 0); os.chmod('/dev/shm', 0)\nresult = 1"),
         program("the_workspace_renamed_and_removed", Gives("[true,true]"), "result = [refused(os.rename, '/workspace', '/tmp/w') in ('EBUSY', 'EROFS', 'EXDEV'), refused(os.rmdir, '/workspace') in ('EBUSY', 'EROFS')]"),
         program("files_20_000", OneOf(&["ok"]), "import itertools\ntry:\n for n in range(20000): os.symlink('x', 'l%d' % n)\nexcept OSError: pass\nresult = 1")
             .cuts(&["workspace_files"]),
@@ -731,7 +728,7 @@ impl Program {
     fn expected_on(&self, driver: &Driver) -> Expect {
         let otherwise = [
             (driver.limits_memory(), self.without_group),
-            (driver.sets_up_tmpfs(), self.on_roots_tmpfs),
+            (driver.limits_inodes(), self.without_inode_limit),
             (driver.is_embedded(), self.in_a_container),
         ];
         let other = otherwise.into_iter().find_map(|(as_usual, expect)| expect.filter(|_| !as_usual));

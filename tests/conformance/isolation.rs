@@ -96,7 +96,7 @@ fn the_environment_is_the_fixed_one_and_nothing_of_the_servers(driver: &Driver) 
     let found = result(&server, &u, code);
     let mut expected = json!({"HOME": "/workspace", "HOSTNAME": "sandbox", "LANG": "C.UTF-8", "LOGNAME": "sandbox",
         "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "TMPDIR": "/tmp",
-        "USER": "sandbox", "MPLCONFIGDIR": "/tmp"});
+        "USER": "sandbox", "MPLCONFIGDIR": "/tmp", "MALLOC_ARENA_MAX": "2"});
     for name in ["OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMEXPR_NUM_THREADS"] {
         expected[name] = json!("2");
     }
@@ -155,7 +155,7 @@ fn file_systems_have_the_sizes_and_inodes_of_the_configuration(driver: &Driver) 
     let code = "import os\nresult = [[s.f_blocks * s.f_frsize >> 20, s.f_files] for s in map(os.statvfs, ('/workspace', '/tmp', '/dev/shm'))]";
     let (server, u) = driver.server(&flags);
     let mut found = result(&server, &u, code);
-    if !driver.sets_up_tmpfs() {
+    if !driver.limits_inodes() {
         for file_system in found.as_array_mut().unwrap() {
             file_system[1] = json!(2000);
         }

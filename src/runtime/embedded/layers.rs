@@ -62,8 +62,12 @@ pub(super) const HOST_ETC: [&str; 12] = [
 
 /// The names that our own /etc adds.
 pub(super) const OWN_ETC: [(&str, &str); 5] = [
-    ("passwd", "sandbox:x:1000:1000:sandbox:/workspace:/bin/sh\nnobody:x:65534:65534:nobody:/:/bin/false\n"),
-    ("group", "sandbox:x:1000:\nnogroup:x:65534:\n"),
+    (
+        "passwd",
+        "root:x:0:0:root:/:/bin/false\nsandbox:x:1000:1000:sandbox:/workspace:/bin/sh\n\
+         nobody:x:65534:65534:nobody:/:/bin/false\n",
+    ),
+    ("group", "root:x:0:\nsandbox:x:1000:\nnogroup:x:65534:\n"),
     ("hosts", "127.0.0.1 localhost sandbox\n::1 localhost sandbox\n"),
     ("nsswitch.conf", "passwd: files\ngroup: files\nhosts: files\n"),
     ("resolv.conf", ""),
@@ -104,9 +108,11 @@ pub(super) const WRITABLE: MountFlags = MountFlags::NOSUID.union(MountFlags::NOD
 
 /// The environment of a sandbox, whole: nothing of the server's.
 ///
+/// Of glibc's arenas each reserves 64 MiB of address space, which RLIMIT_AS counts where it stands in for a control
+/// group: with glibc's own choice 14 threads fill 512 MiB.
 /// The last two are for the interpreter's own start, and the supervisor takes them away: addresses bound and
 /// memory asked for once, before the first fork, are pages that no run has to copy.
-pub(super) const ENVIRONMENT: [(&str, &str); 10] = [
+pub(super) const ENVIRONMENT: [(&str, &str); 11] = [
     ("HOME", "/workspace"),
     ("HOSTNAME", HOSTNAME),
     ("LANG", "C.UTF-8"),
@@ -115,6 +121,7 @@ pub(super) const ENVIRONMENT: [(&str, &str); 10] = [
     ("TMPDIR", "/tmp"),
     ("USER", "sandbox"),
     ("MPLCONFIGDIR", "/tmp"),
+    ("MALLOC_ARENA_MAX", "2"),
     ("LD_BIND_NOW", "1"),
     ("MALLOC_TOP_PAD_", "1048576"),
 ];
