@@ -149,4 +149,5 @@ def main():
             first(driver, rounds, 4 if arguments.quick else 10)
 
 
-main()
+if __name__ == "__main__":
+    main()

@@ -56,6 +56,11 @@ pub enum Error {
 }
 
 impl Error {
+    /// Whether the sandbox that was asked for cannot be used any more: an engine that does not answer proves nothing.
+    pub fn proves_a_loss(&self) -> bool {
+        matches!(self, Error::Runtime(runtime::Error::Gone(_)) | Error::Supervisor(_))
+    }
+
     /// A word for it: a metric label.
     fn reason(&self) -> &'static str {
         match self {
@@ -98,7 +103,7 @@ pub struct Held {
     /// The conversation with it.
     pub supervisor: Supervisor,
     /// Last, so that the supervisor's stream is dropped before: an attached one can wedge an engine's removal.
-    _disposal: Disposal,
+    disposal: Disposal,
 }
 
 /// Whoever drops it has the sandbox removed in the background: until it is gone, however often that takes.
@@ -119,20 +124,25 @@ impl Drop for Disposal {
     }
 }
 
-/// A claimed sandbox of an earlier server, which nobody has attached to yet. Dropping it has it removed.
+/// A claimed sandbox that nobody is attached to: an earlier server's, or one whose stream broke. Dropping it has it
+/// removed.
 #[derive(Debug)]
 pub struct Kept {
     since: Instant,
+    named: Option<Naming>,
     disposal: Disposal,
     counted: Counted,
 }
 
+/// The engine is being told whose a sandbox is.
+type Naming = JoinHandle<runtime::Result<()>>;
+
 impl Kept {
     /// Taken up again, now that somebody talks to it.
     pub fn attached(self, supervisor: Supervisor) -> Claimed {
-        let Kept { since, disposal, counted } = self;
-        let held = Held { id: disposal.id.clone(), supervisor, _disposal: disposal };
-        Claimed { held, since, named: None, _counted: counted }
+        let Kept { since, named, disposal, counted } = self;
+        let held = Held { id: disposal.id.clone(), supervisor, disposal };
+        Claimed { held, since, named, counted }
     }
 }
 
@@ -144,22 +154,29 @@ pub struct Claimed {
     /// When the session got it.
     pub since: Instant,
     /// The engine is being told whose it is, beside the first run.
-    named: Option<JoinHandle<runtime::Result<()>>>,
-    _counted: Counted,
+    named: Option<Naming>,
+    counted: Counted,
 }
 
 impl Claimed {
+    /// Gives up the stream, and not the sandbox.
+    pub fn let_go(self) -> Kept {
+        let Claimed { held: Held { id: _, supervisor, disposal }, since, named, counted } = self;
+        drop(supervisor);
+        Kept { since, named, disposal, counted }
+    }
+
     /// Waits until a later server would find whose it is.
     ///
     /// # Errors
     /// Where the engine could not be told: nothing that is in it would outlive this server.
     pub async fn is_named(&mut self) -> runtime::Result<()> {
-        match self.named.take() {
-            None => Ok(()),
-            Some(naming) => naming.await.unwrap_or_else(|panic| {
-                Err(runtime::Error::Failed { what: "claim".into(), source: std::io::Error::other(panic) })
-            }),
-        }
+        let Some(naming) = &mut self.named else { return Ok(()) };
+        let named = naming.await; // a caller who goes away here leaves the question to the next one
+        self.named = None;
+        named.unwrap_or_else(|panic| {
+            Err(runtime::Error::Failed { what: "claim".into(), source: std::io::Error::other(panic) })
+        })
     }
 }
 
@@ -210,7 +227,7 @@ impl Pool {
             named.inspect_err(|error| pool.failed("claim", error.reason()))
         };
         let named = Some(tokio::spawn(naming));
-        Ok(Claimed { held, since: Instant::now(), named, _counted: self.0.counted("claimed") })
+        Ok(Claimed { held, since: Instant::now(), named, counted: self.0.counted("claimed") })
     }
 
     /// Takes over a sandbox of an earlier server, claimed at `since`; `None`, and it is removed, where as many
@@ -219,7 +236,7 @@ impl Pool {
         let permit = self.0.capacity.clone().try_acquire_owned().ok();
         let full = permit.is_none();
         let disposal = self.0.disposal(id, permit);
-        (!full).then(|| Kept { since, disposal, counted: self.0.counted("claimed") })
+        (!full).then(|| Kept { since, named: None, disposal, counted: self.0.counted("claimed") })
     }
 
     /// Removes a sandbox of an earlier server: one that nobody claimed is given to nobody, since a crash may
@@ -326,7 +343,7 @@ impl Inner {
         match Supervisor::attach(sandbox.stream, &self.settings.caps, begun + limit).await {
             Ok((supervisor, _)) => {
                 self.metrics.create_seconds.observe(begun.elapsed().as_secs_f64());
-                Ok(Held { id: sandbox.id, supervisor, _disposal: disposal })
+                Ok(Held { id: sandbox.id, supervisor, disposal })
             }
             Err(error) => {
                 self.failed("attach", "silent");

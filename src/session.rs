@@ -157,6 +157,8 @@ struct Seat {
     claimed: Option<Claimed>,
     /// Of an earlier server, until the first run attaches to it: then `claimed`.
     kept: Option<Kept>,
+    /// A sandbox of this session was lost, and no answer has said so yet.
+    lost: bool,
     /// Of this sandbox, at the end of the last run that was killed.
     out_of_memory_kills: u64,
     /// The session is out of the table: whoever waited begins anew.
@@ -193,25 +195,23 @@ impl Sessions {
             }
         };
         let seated = Instant::now();
-        let mut lost = turn.take_up().await;
-        if turn.seat().claimed.is_none() {
-            turn.claim().await?;
-        }
+        turn.have_sandbox("not_recovered").await?;
         let mut claimed = Instant::now();
         let mut answer = turn.supervisor().run(run).await;
         if matches!(answer, Err(supervisor::Error::NotBegun)) {
-            // Nothing of it was executed, so it may be, in a new sandbox; the files are gone all the same.
-            lost = true;
-            turn.replace().await?;
+            // Nothing of it was executed, so it may be: in the same sandbox where that lives, else in a new one.
+            turn.let_go();
+            turn.have_sandbox("idle").await?;
             claimed = Instant::now();
             answer = turn.supervisor().run(run).await;
         }
         let timing = Timing { queue: seated - begun, claim: claimed - seated, run: claimed.elapsed() };
-        let done = match answer {
-            Ok(report) => Done { lost, ..turn.conclude(report, timing).await },
+        let mut done = match answer {
+            Ok(report) => turn.conclude(report, timing).await,
             Err(error) => turn.lose(error, timing).await,
         };
         turn.is_named().await?;
+        done.lost |= std::mem::take(&mut turn.seat().lost);
         self.count(&done);
         Ok(done)
     }
@@ -519,25 +519,38 @@ impl Turn {
         &mut self.seat().claimed.as_mut().expect("a sandbox was claimed before").held.supervisor
     }
 
-    /// Attaches to the sandbox that an earlier server left for this session, if it did. Gives whether that was
-    /// lost on the way.
-    async fn take_up(&mut self) -> bool {
+    /// A sandbox that is attached to: the session's own, as long as it is not known to be lost, else a new one.
+    ///
+    /// Where the engine does not answer nothing is known, and the session's sandbox stays what it is.
+    async fn have_sandbox(&mut self, reason: &str) -> Result<(), Error> {
         let (sessions, session) = (self.place().sessions.clone(), self.place().session.clone());
-        let Some(kept) = &self.seat().kept else { return false };
-        let attached = sessions.0.pool.attach(kept).await; // it stays in its seat until that is done
-        let kept = self.seat().kept.take().expect("nobody else has the seat");
-        match attached {
-            Ok(supervisor) => {
-                self.seat().claimed = Some(kept.attached(supervisor));
-                false
-            }
-            Err(error) => {
-                tracing::warn!(session = %session.key, %error, "a sandbox of an earlier server was lost");
-                sessions.0.metrics.lost.with_label_values(&["not_recovered"]).inc();
-                session.glance().sandbox = None;
-                true
+        if let Some(kept) = &self.seat().kept {
+            let attached = sessions.0.pool.attach(kept).await; // it stays in its seat until that is done
+            match attached {
+                Err(error) if !error.proves_a_loss() => return Err(error.into()),
+                Ok(supervisor) => {
+                    let kept = self.seat().kept.take().expect("nobody else has the seat");
+                    self.seat().claimed = Some(kept.attached(supervisor));
+                }
+                Err(error) => {
+                    tracing::warn!(session = %session.key, %error, reason, "a sandbox that nobody talked to was lost");
+                    sessions.0.metrics.lost.with_label_values(&[reason]).inc();
+                    session.glance().sandbox = None;
+                    self.seat().kept = None; // and with it the sandbox
+                    self.seat().lost = true;
+                }
             }
         }
+        if self.seat().claimed.is_none() {
+            self.claim().await?;
+        }
+        Ok(())
+    }
+
+    /// The stream broke; the sandbox may live.
+    fn let_go(&mut self) {
+        let seat = self.seat();
+        seat.kept = seat.claimed.take().map(Claimed::let_go);
     }
 
     /// Before an answer: what it acknowledges has to be there after a restart, too.
@@ -562,16 +575,6 @@ impl Turn {
         seat.claimed = Some(claimed);
         seat.out_of_memory_kills = 0;
         Ok(())
-    }
-
-    /// A new sandbox in place of one that died while nobody used it.
-    async fn replace(&mut self) -> Result<(), Error> {
-        let (sessions, session) = (self.place().sessions.clone(), self.place().session.clone());
-        tracing::warn!(session = %session.key, "a sandbox died while it was idle");
-        sessions.0.metrics.lost.with_label_values(&["idle"]).inc();
-        session.glance().sandbox = None;
-        self.seat().claimed = None;
-        self.claim().await
     }
 
     /// A sandbox past its lifetime takes no further run, however many wait for it.
@@ -627,28 +630,29 @@ impl Turn {
         let (sessions, session) = (self.place().sessions.clone(), self.place().session.clone());
         let id = self.seat().claimed.as_ref().expect("a sandbox was claimed before").held.id.clone();
         let fate = sessions.0.fate_after(&error, &id).await;
-        let claimed = self.seat().claimed.take().expect("nobody else has the seat");
-        let deleted = {
-            let mut glance = session.glance();
-            glance.sandbox = None;
-            glance.deleted
-        };
+        let deleted = session.glance().deleted;
         let reason = Loss::of(&error, &fate, deleted);
         let name = if reason == Loss::OutOfMemory { "MemoryError" } else { "SandboxLost" };
         let detail = ErrorDetail::new(reason.kind(), name, reason.text());
         tracing::warn!(
-            session = %session.key, sandbox = %claimed.held.id, reason = reason.label(), %error, ?fate,
+            session = %session.key, sandbox = %id, reason = reason.label(), %error, ?fate,
             "a sandbox was lost"
         );
-        sessions.0.metrics.lost.with_label_values(&[reason.label()]).inc();
-        drop(claimed); // and with it the sandbox
+        let lost = reason != Loss::EngineGone;
+        if lost {
+            sessions.0.metrics.lost.with_label_values(&[reason.label()]).inc();
+            session.glance().sandbox = None;
+            self.seat().claimed = None; // and with it the sandbox
+        } else {
+            self.let_go(); // it may well live, and the next run looks
+        }
         Done {
             outcome: Err(detail),
             stdout: String::new(),
             stderr: String::new(),
             workspace_files: vec!["total 0".into()],
             truncated: Vec::new(),
-            lost: true,
+            lost,
             timing,
         }
     }
@@ -658,9 +662,9 @@ impl Drop for Turn {
     fn drop(&mut self) {
         let (Some(mut seat), Some(place)) = (self.seat.take(), self.place.take()) else { return };
         let Some(claimed) = &seat.claimed else {
-            if seat.kept.is_none() {
+            if seat.kept.is_none() && !seat.lost {
                 place.leave(&mut seat);
-            } // else the client went away while the session's sandbox was being taken up: it is there as before
+            } // else there is something to tell at the next run, or the client went away while the session's sandbox was being taken up: it is there as before
             return;
         };
         if claimed.held.supervisor.is_idle() {

@@ -43,7 +43,10 @@ prepare() {
         /usr/lib/podman/{aardvark-dns:aardvark-dns,netavark:netavark}; do
         command -v "${want%:*}" >/dev/null || missing+=("${want#*:}")
     done
-    [ ${#missing[@]} = 0 ] || DEBIAN_FRONTEND=noninteractive apt-get -qq install -y --no-install-recommends "${missing[@]}" >/dev/null
+    if [ ${#missing[@]} -gt 0 ]; then
+        apt-get -qq update
+        DEBIAN_FRONTEND=noninteractive apt-get -qq install -y --no-remove --no-install-recommends "${missing[@]}" >/dev/null
+    fi
     install -d -m 755 "$dir" "$dir/cache" "$dir/log"
     end_processes
     rm -rf --one-file-system "$run" "$dir/rr" "$dir/shm"
@@ -62,7 +65,7 @@ runroot = "$dir/rr"
 TOML
     cat >"$dir/containers.conf" <<TOML
 [containers]
-default_ulimits = ["nofile=1024:20000", "nproc=4096:4096"]
+default_ulimits = ["nofile=1024:1024", "nproc=4096:4096"]
 log_driver = "k8s-file"
 [engine]
 runtime = "runc"
@@ -361,8 +364,12 @@ check "through Podman" has "$(ask /capabilities)" '"driver":"podman"'
 check "behind our seccomp profile" is "$(run_code 'import re; result = re.findall(r"Seccomp:\s+(\d)", open("/proc/self/status").read())')" \
     '{"result":["2"],"workspace_files":["total 0"]}'
 check "which the server has written" cmp "$dir/context/config/seccomp.json" "$run/codesandbox/codesandbox-$instance-seccomp.json"
+run_code 'open("kept", "w").write("it")' >/dev/null
 step "server stopped" quadlet_down
 check "it stops by itself" is "$(cat "$dir/log/server-status")" 0
+step "server started again" quadlet_up
+check "files stay meanwhile" has "$(run_code 'result = open("kept").read()')" '"result":"it"'
+quadlet_down
 remove_sandboxes
 
 step "sandboxes' image given to the engine" give_image localhost/codesandbox-python:latest

@@ -6,6 +6,8 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
 
+use tokio::signal::unix::{SignalKind, signal};
+
 use super::engine::start_runtime;
 use super::serve::prove;
 use super::{Failure, PROGRESS, caps, log_to_stderr, pool_settings, session_settings};
@@ -47,10 +49,12 @@ pub(super) async fn run(mut config: Config, arguments: Arguments) -> Result<Exit
     let settings = crate::pool::Settings { size: 0, ..pool_settings(&config, caps(&config, &unenforced)) };
     let pool = Pool::new(runtime, settings, metrics.clone());
     let sessions = Sessions::new(pool, session_settings(&config), metrics);
+    let mut terminate = signal(SignalKind::terminate())?;
     let run = Run { code: &code, data: &data, stdin: "", timeout: timeout.unwrap_or(config.limits.timeout) };
     let done = tokio::select! {
         done = sessions.run(Owner { tenant: "", user_id: "run" }, &run) => Some(done),
         _ = tokio::signal::ctrl_c() => None, // the run was dropped, and so is being interrupted
+        _ = terminate.recv() => None,
     };
     sessions.drain(tokio::time::Instant::now() + config.limits.grace).await;
     let Some(done) = done else { return Ok(ExitCode::from(INTERRUPTED)) };

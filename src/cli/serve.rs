@@ -4,8 +4,10 @@ use std::process::ExitCode;
 use std::sync::Arc;
 
 use serde_json::json;
+use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
+use tokio::task::JoinHandle;
 
 use super::engine::start_runtime;
 use super::{Failure, caps, log_to_stderr, pool_settings, session_settings, spec};
@@ -21,49 +23,53 @@ use crate::session::Sessions;
 
 pub(super) async fn serve(config: Config) -> Result<ExitCode, Failure> {
     log_to_stderr(&config, &config.log)?;
-    let auth = watched_auth(&config)?;
-    // Before anything else, so that a stop is obeyed from the first moment on.
     let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
-    let runtime = start_runtime(&config).await?;
-    let (findings, unenforced) = prove(&runtime, &config).await?;
-    let metrics = Arc::new(Metrics::new());
-    let left = runtime.list().await?; // by an earlier server: before there is a pool, whose own would be among them
-    let pool = Pool::new(runtime, pool_settings(&config, caps(&config, &unenforced)), metrics.clone());
-    let sessions = Sessions::new(pool, session_settings(&config), metrics.clone());
-    sessions.recover(left);
-    let settings = server_settings(&config, &findings);
-    let server = Server::bind(
-        config.listen,
-        State {
-            room: BodyRoom::new(settings.bodies_bytes),
-            settings,
-            sessions: sessions.clone(),
-            auth,
-            metrics,
-        },
-    )
-    .await
-    .map_err(|error| {
-        format!("cannot listen on {}: {error} (configuration key listen, or --listen)", config.listen)
-    })?;
-    tracing::info!(
-        "listening on http://{}, driver {}, Python {}",
-        server.address()?,
-        config.driver.name(),
-        findings.python
-    );
-    let reaper = tokio::spawn(reap(sessions));
     let stop = async move {
         tokio::select! {
             _ = terminate.recv() => {}
             _ = interrupt.recv() => {}
         }
+    };
+    let mut stop = std::pin::pin!(stop);
+    // Obeyed from the first moment on: the pull of an image may take long.
+    let (server, reaper) = tokio::select! {
+        started = start(&config) => started?,
+        () = &mut stop => return Ok(ExitCode::SUCCESS),
+    };
+    let stop = async {
+        stop.await;
         tracing::info!("stopping: runs may take {:?} to end", config.server.shutdown_timeout);
     };
     server.serve(stop, config.server.shutdown_timeout).await;
     reaper.abort();
     tracing::info!("stopped");
     Ok(ExitCode::SUCCESS)
+}
+
+async fn start(config: &Config) -> Result<(Server, JoinHandle<()>), Failure> {
+    let auth = watched_auth(config)?;
+    // Before anything else: a second server must not take over the sandboxes of the one that is there.
+    let listener = TcpListener::bind(config.listen).await.map_err(|error| {
+        format!("cannot listen on {}: {error} (configuration key listen, or --listen)", config.listen)
+    })?;
+    let runtime = start_runtime(config).await?;
+    let (findings, unenforced) = prove(&runtime, config).await?;
+    let metrics = Arc::new(Metrics::new());
+    let left = runtime.list().await?; // by an earlier server: before there is a pool, whose own would be among them
+    let pool = Pool::new(runtime, pool_settings(config, caps(config, &unenforced)), metrics.clone());
+    let sessions = Sessions::new(pool, session_settings(config), metrics.clone());
+    sessions.recover(left);
+    let settings = server_settings(config, &findings);
+    let reaper = tokio::spawn(reap(sessions.clone()));
+    let room = BodyRoom::new(settings.bodies_bytes);
+    let server = Server::new(listener, State { room, settings, sessions, auth, metrics });
+    tracing::info!(
+        "listening on http://{}, driver {}, Python {}",
+        server.address()?,
+        config.driver.name(),
+        findings.python
+    );
+    Ok((server, reaper))
 }
 
 /// Who may come in. The keys file is read again at SIGHUP; one that is wrong then leaves the keys as they were.

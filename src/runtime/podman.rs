@@ -5,7 +5,7 @@
 mod raw;
 
 use std::collections::HashMap;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, SystemTime};
 
@@ -16,6 +16,7 @@ use podman_api::Podman as Client;
 use podman_api::opts::{ContainerDeleteOpts, ContainerListFilter, ContainerListOpts, PullOpts, PullPolicy};
 use serde_json::{Value, json};
 use tokio::sync::OnceCell;
+use tokio::time::Instant;
 
 use super::container::{
     self, HOSTNAME, INSTANCE_LABEL, LastWords, MASKED_PATHS, Mode, Names, OOM_SCORE_ADJ, Program, Pull,
@@ -30,6 +31,8 @@ use raw::{Failure, Raw, Refusal};
 const DRIVER: &str = "podman";
 /// A call that takes longer has failed; only a pull may.
 const CALL_TIMEOUT: Duration = Duration::from_secs(20);
+/// A sandbox's whole /etc/hosts.
+const HOSTS: &str = "127.0.0.1 localhost sandbox\n::1 localhost sandbox\n";
 /// An attach that comes before conmon's socket is there is tried again, that often and that much later.
 const ATTACH_ATTEMPTS: u32 = 50;
 /// See `ATTACH_ATTEMPTS`.
@@ -38,6 +41,8 @@ const ATTACH_PAUSE: Duration = Duration::from_millis(20);
 const EXIT_ATTEMPTS: u32 = 25;
 /// See `EXIT_ATTEMPTS`.
 const EXIT_PAUSE: Duration = Duration::from_millis(20);
+/// In which a PID 1 whose server has gone kills all that is left in its sandbox: as REAP_S in supervisor.py.
+const DESERTED_WAIT: Duration = Duration::from_secs(5);
 /// In which a container that loses its stdin has ended: a guess, a hundred times what it takes.
 const EOF_WAIT: Duration = Duration::from_secs(3);
 /// The first uid and gid of a sandbox, in the user namespace that all of this engine's containers are in.
@@ -68,6 +73,8 @@ struct Inner {
     settings: Settings,
     program: Program,
     profile: PathBuf,
+    /// Our own /etc/hosts, where the service sees it.
+    hosts: Option<PathBuf>,
     names: Names,
     secret: KeySecret,
     host: Host,
@@ -182,6 +189,7 @@ fn container_request(
             tmpfs("/dev/shm", spec.shm_bytes, "mode=1777"),
         ],
         "use_image_resolve_conf": true,
+        "use_image_hosts": true, // else the host's own names, and its address; `hosts` goes over it where it can
         // Namespaces.
         "netns": {"nsmode": "none"},
         "ipcns": {"nsmode": "private"},
@@ -215,9 +223,13 @@ impl Podman {
         check_runtime(&host, &settings)?;
         let uids = uids(&host, &settings)?;
         ensure_image(&client, &raw, &settings).await?;
-        let profile = match profile {
-            Profile::There(path) => path,
-            Profile::Into(directory) => write_profile(&directory, &settings.instance)?,
+        let instance = &settings.instance;
+        let (profile, hosts) = match profile {
+            Profile::There(path) => (path, None),
+            Profile::Into(directory) => {
+                let place = |name: &str| directory.join(format!("codesandbox-{instance}-{name}"));
+                (write(place("seccomp.json"), SECCOMP_PROFILE)?, Some(write(place("hosts"), HOSTS)?))
+            }
         };
         let left = listed(&client, &settings.instance).await?;
         let mut inner = Inner {
@@ -227,6 +239,7 @@ impl Podman {
             settings,
             program: Program::new(supervisor),
             profile,
+            hosts,
             secret: secret_of(&left),
             host,
             uids,
@@ -323,10 +336,9 @@ async fn pull(client: &Client, image: &str) -> Result<()> {
 }
 
 /// The file of an earlier server is replaced, and never seen half written.
-fn write_profile(directory: &Path, instance: &str) -> Result<PathBuf> {
-    let path = directory.join(format!("codesandbox-{instance}-seccomp.json"));
-    let new = directory.join(format!("codesandbox-{instance}-seccomp.{}.new", std::process::id()));
-    let written = std::fs::write(&new, SECCOMP_PROFILE).and_then(|()| std::fs::rename(&new, &path));
+fn write(path: PathBuf, text: &str) -> Result<PathBuf> {
+    let new = path.with_extension(format!("{}.new", std::process::id()));
+    let written = std::fs::write(&new, text).and_then(|()| std::fs::rename(&new, &path));
     written.map_err(|error| Error::Unusable {
         what: "write the seccomp profile where the Podman service reads it".into(),
         why: format!("{}: {error}", path.display()),
@@ -378,6 +390,12 @@ impl Inner {
         let user = self.settings.user.clone().unwrap_or_else(|| self.uids.next());
         let profile = self.profile.to_string_lossy();
         let mut request = container_request(spec, &self.settings, &self.secret, &user, &profile, program);
+        if let (Some(hosts), Some(mounts)) = (&self.hosts, request["mounts"].as_array_mut()) {
+            let options = ["ro", "nosuid", "nodev", "noexec"];
+            mounts.push(
+                json!({"destination": "/etc/hosts", "type": "bind", "source": hosts, "options": options}),
+            );
+        }
         request["name"] = name.into();
         // By hand: podman-api misspells no_new_privileges and log_configuration's driver, which Podman ignores.
         let created = within("create", self.raw.call(Method::POST, "/containers/create", &request)).await;
@@ -423,6 +441,25 @@ impl Inner {
             }
         };
         Ok(Sandbox { id: id.clone(), stream })
+    }
+
+    /// Waits until a parked PID 1 is alone: one that has parked never forks, so nobody is there from then on.
+    ///
+    /// A run that stopped the last supervisor beside it would outlive it, and look into the next one's descriptors.
+    async fn is_deserted(&self, id: &SandboxId) -> Result<()> {
+        let path = format!("/containers/{id}/top?stream=false&ps_args=pid");
+        let until = Instant::now() + DESERTED_WAIT;
+        loop {
+            let inside = within("top", self.raw.call(Method::GET, &path, &Value::Null)).await;
+            let inside = inside.map_err(|failure| of(failure, id, "look into"))?;
+            if inside["Processes"].as_array().is_some_and(|processes| processes.len() == 1) {
+                return Ok(());
+            }
+            if Instant::now() > until {
+                return Err(Error::Gone(id.clone())); // somebody hides there: it is to be removed
+            }
+            tokio::time::sleep(EXIT_PAUSE).await;
+        }
     }
 
     /// A second supervisor, beside a PID 1 whose stdin conmon has closed.
@@ -574,7 +611,14 @@ impl Inner {
             layer("no_new_privileges", true, "no_new_privileges"),
             layer("seccomp", !options("seccomp=unconfined"), "config/seccomp.json"),
             layer("root_file_system", config["ReadonlyRootfs"] == true, "read-only"),
-            layer("workspace", mounted(WORKSPACE), "tmpfs with a size limit; memory bounds its inodes"),
+            layer(
+                "workspace",
+                mounted(WORKSPACE),
+                match self.host.enforces("memory") {
+                    true => "tmpfs with a size limit; memory bounds its inodes",
+                    false => "tmpfs with a size limit, and none on inodes",
+                },
+            ),
             layer("network", config["NetworkMode"] == "none", "a namespace with nothing but lo"),
             layer("logs", config["LogConfig"]["Type"] == "none", "none are kept"),
             layer("supervisor", true, "not dumpable"),
@@ -622,7 +666,10 @@ impl Runtime for Podman {
         }
         match self.0.stdin_survives.get_or_try_init(|| self.0.stdin_survives()).await? {
             true => self.0.attach(id).await,
-            false => self.0.attach_beside(id).await,
+            false => {
+                self.0.is_deserted(id).await?;
+                self.0.attach_beside(id).await
+            }
         }
     }
 

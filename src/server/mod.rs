@@ -89,12 +89,9 @@ pub struct Server {
 }
 
 impl Server {
-    /// Binds the address; port 0 takes a free one.
-    ///
-    /// # Errors
-    /// Where the address is taken or not ours.
-    pub async fn bind(address: SocketAddr, state: State) -> std::io::Result<Server> {
-        Ok(Server { listener: TcpListener::bind(address).await?, state: Arc::new(state) })
+    /// To serve what comes to `listener`.
+    pub fn new(listener: TcpListener, state: State) -> Server {
+        Server { listener, state: Arc::new(state) }
     }
 
     /// The address that it listens on.

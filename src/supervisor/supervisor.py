@@ -674,19 +674,28 @@ def collect():
 
 def leave():
     """The server is gone. PID 1 may have to stay, and with it the sandbox, for the next one."""
-    if MODE:
+    if MODE == PARK or (MODE == BESIDE and Supervisor.greeted):  # else what lives here is another one's
         kill_until_nothing_is_left()
     if MODE != PARK:
         os._exit(0)
+    _signal.pthread_sigmask(_signal.SIG_BLOCK, [_signal.SIGCHLD])
     prctl(PR_SET_NAME, PARKED)
     while True:
-        try:
-            os.waitpid(-1, 0)
-        except ChildProcessError:
-            time.sleep(0.01)  # SIGCHLD ends it
+        collect_all()
+        _signal.sigwait([_signal.SIGCHLD])
+
+
+def collect_all():
+    try:
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            pass
+    except ChildProcessError:
+        pass
 
 
 class Supervisor:
+    greeted = False  # whether a server has said hello to this one
+
     def __init__(self):
         self.input = Input()
         self.backlog = []
@@ -735,6 +744,7 @@ class Supervisor:
     def hello(self, nonce, payload):
         self.limits = loads(split(payload)[0].decode())
         self.memory = MemoryGroup()
+        Supervisor.greeted = True
         self.fork_anew()
         send(nonce, HELLO_ANSWER, dumps(posture()).encode())
         self.waiting = self.forker.next()
