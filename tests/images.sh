@@ -365,11 +365,13 @@ check "behind our seccomp profile" is "$(run_code 'import re; result = re.findal
     '{"result":["2"],"workspace_files":["total 0"]}'
 check "which the server has written" cmp "$dir/context/config/seccomp.json" "$run/codesandbox/codesandbox-$instance-seccomp.json"
 run_code 'open("kept", "w").write("it")' >/dev/null
+podman kill "$server" >/dev/null
+wait
+rm -f "$run/codesandbox.cid"
+step "server killed, and started again" quadlet_up
+check "files stay meanwhile" has "$(run_code 'result = open("kept").read()')" '"result":"it"'
 step "server stopped" quadlet_down
 check "it stops by itself" is "$(cat "$dir/log/server-status")" 0
-step "server started again" quadlet_up
-check "files stay meanwhile" has "$(run_code 'result = open("kept").read()')" '"result":"it"'
-quadlet_down
 remove_sandboxes
 
 step "sandboxes' image given to the engine" give_image localhost/codesandbox-python:latest

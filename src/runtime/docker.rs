@@ -175,12 +175,13 @@ impl Docker {
                      let this user reach its socket; or use driver = \"embedded\""
                     .into(),
         };
-        let client = connect(&settings.url, tls.as_ref()).map_err(|error| unusable(error.to_string()))?;
+        let client = connect(&settings.url, tls.as_ref()).map_err(|error| unusable(causes(&error)))?;
         let client = within("negotiate the version", client.negotiate_version())
             .await
-            .map_err(|error| unusable(error.to_string()))?;
-        let info =
-            within("ask for its properties", client.info()).await.map_err(|e| unusable(e.to_string()))?;
+            .map_err(|error| unusable(causes(&error)))?;
+        let info = within("ask for its properties", client.info())
+            .await
+            .map_err(|error| unusable(causes(&error)))?;
         check_runtime(&info, &settings)?;
         let volumes = ensure_image(&client, &settings).await?;
         let left = listed(&client, &settings.instance).await?;
