@@ -9,7 +9,7 @@ is its own create and start of a container with the very same settings, which do
 
 import argparse, http.client, json, os, socket, sys, time, urllib.parse
 
-from measure import Client, Server, median, p50_ms, timed
+from measure import Client, Server, first_runs, median, p50_ms, timed
 
 IMAGE = next((name for name in os.environ.get("TEST_IMAGES", "").split() if name.endswith(":3.11")), None)
 EMBEDDED_PYTHON = "/usr/bin/python3"
@@ -119,17 +119,7 @@ def first(driver, rounds, count):
     server = Server(*driver.flags, "--set", "pool.size=0", prefix=driver.prefix)
     Client(server, "first").run()
     idle = driver.idle()
-    ours, theirs, number = [], [], 0
-    for _ in range(rounds):
-        spent, floor = [], []
-        for _ in range(count):
-            floor.append(driver.engine.create_and_start(idle))
-            number += 1
-            client = Client(server, "first%d" % number)
-            spent.extend(timed(client, 1, 0))
-            client.stop()
-        ours.append(p50_ms(spent))
-        theirs.append(p50_ms(floor))
+    ours, theirs = first_runs(server, lambda: driver.engine.create_and_start(idle), rounds, count)
     row("%s: first run, to create + start" % driver.name, ours, theirs, "<= 1.15")
     server.stop()
 

@@ -215,6 +215,13 @@ fn session_settings(config: &Config) -> session::Settings {
 /// How far an engine is with what takes long (the pull of an image), for commands that are no server.
 const PROGRESS: &str = "codesandbox::runtime=info";
 
+/// For commands that are no server: they say how far the engine is, and a server of this instance is not to take
+/// their sandbox for its own.
+fn stand_apart(config: &mut Config) -> Result<(), Failure> {
+    config.instance += "-run";
+    log_to_stderr(config, PROGRESS)
+}
+
 /// `filter` is as the configuration's `log`.
 fn log_to_stderr(config: &Config, filter: &str) -> Result<(), Failure> {
     let filter = tracing_subscriber::EnvFilter::try_new(filter)

@@ -353,7 +353,7 @@ impl Sessions {
         hash.update(tenant.as_bytes());
         hash.update(user_id.as_bytes());
         let hash = hash.finalize().into_bytes();
-        SessionKey(hash[..KEY_BYTES].iter().map(|byte| format!("{byte:02x}")).collect())
+        SessionKey(hex::encode(&hash[..KEY_BYTES]))
     }
 
     /// A place in the queue of a session, which is made where it is missing.
@@ -439,12 +439,19 @@ impl Inner {
 
     fn close(&self, mut seat: OwnedMutexGuard<Seat>) {
         seat.closed = true;
-        (seat.claimed, seat.kept) = (None, None); // and with them the sandbox
+        seat.empty();
     }
 
     fn ended(&self, reason: &str) {
         self.metrics.sessions_ended.with_label_values(&[reason]).inc();
         self.metrics.sessions.set(self.table().len() as i64);
+    }
+}
+
+impl Seat {
+    /// Whoever drops a sandbox has it removed.
+    fn empty(&mut self) {
+        (self.claimed, self.kept) = (None, None);
     }
 }
 
@@ -535,8 +542,7 @@ impl Turn {
                 Err(error) => {
                     tracing::warn!(session = %session.key, %error, reason, "a sandbox that nobody talked to was lost");
                     sessions.0.metrics.lost.with_label_values(&[reason]).inc();
-                    session.glance().sandbox = None;
-                    self.seat().kept = None; // and with it the sandbox
+                    self.give_up_sandbox();
                     self.seat().lost = true;
                 }
             }
@@ -545,6 +551,12 @@ impl Turn {
             self.claim().await?;
         }
         Ok(())
+    }
+
+    /// Has the session's sandbox removed, if it has one.
+    fn give_up_sandbox(&mut self) {
+        self.place().session.glance().sandbox = None;
+        self.seat().empty();
     }
 
     /// The stream broke; the sandbox may live.
@@ -559,8 +571,7 @@ impl Turn {
         let Err(error) = claimed.is_named().await else { return Ok(()) };
         let session = self.place().session.clone();
         tracing::warn!(session = %session.key, %error, "cannot claim a sandbox");
-        session.glance().sandbox = None;
-        self.seat().claimed = None; // and with it the sandbox
+        self.give_up_sandbox();
         Err(Error::Unavailable(error.into()))
     }
 
@@ -579,15 +590,14 @@ impl Turn {
 
     /// A sandbox past its lifetime takes no further run, however many wait for it.
     fn retire_if_outlived(&mut self) {
-        let (sessions, session) = (self.place().sessions.clone(), self.place().session.clone());
-        let seat = self.seat.as_mut().expect("only drop takes the seat");
-        let lifetime = sessions.0.settings.lifetime_max;
-        let since = session.glance().sandbox.as_ref().map(|(_, _, since)| *since);
+        let lifetime = self.place().sessions.0.settings.lifetime_max;
+        let since = self.place().session.glance().sandbox.as_ref().map(|(_, _, since)| *since);
         if since.is_some_and(|since| since.elapsed() >= lifetime) {
-            (seat.claimed, seat.kept) = (None, None);
-            session.glance().sandbox = None;
-            self.place.as_ref().expect("only drop takes the place").leave(seat);
-            sessions.0.ended("lifetime");
+            self.give_up_sandbox();
+            let seat = self.seat.as_mut().expect("only drop takes the seat");
+            let place = self.place.as_ref().expect("only drop takes the place");
+            place.leave(seat);
+            place.sessions.0.ended("lifetime");
         }
     }
 
@@ -641,8 +651,7 @@ impl Turn {
         let lost = reason != Loss::EngineGone;
         if lost {
             sessions.0.metrics.lost.with_label_values(&[reason.label()]).inc();
-            session.glance().sandbox = None;
-            self.seat().claimed = None; // and with it the sandbox
+            self.give_up_sandbox();
         } else {
             self.let_go(); // it may well live, and the next run looks
         }
@@ -662,9 +671,11 @@ impl Drop for Turn {
     fn drop(&mut self) {
         let (Some(mut seat), Some(place)) = (self.seat.take(), self.place.take()) else { return };
         let Some(claimed) = &seat.claimed else {
+            // Else there is something to tell at the next run, or the client went away while the sandbox was being
+            // taken up: it is there as before.
             if seat.kept.is_none() && !seat.lost {
                 place.leave(&mut seat);
-            } // else there is something to tell at the next run, or the client went away while the session's sandbox was being taken up: it is there as before
+            }
             return;
         };
         if claimed.held.supervisor.is_idle() {
@@ -699,9 +710,6 @@ enum Loss {
     Died,
 }
 
-/// The exit status of a PID 1 that SIGKILL ended.
-const KILLED: i32 = 128 + 9;
-
 impl Loss {
     /// What the engine saw counts more than what the conversation looked like.
     fn of(error: &supervisor::Error, fate: &runtime::Result<Fate>, deleted: bool) -> Loss {
@@ -713,7 +721,7 @@ impl Loss {
             (E::Violation(_), _) => Loss::Violation,
             (_, Ok(Fate::Gone)) => Loss::Gone,
             (_, Err(runtime::Error::Unavailable { .. })) => Loss::EngineGone,
-            (_, Ok(Fate::Exited { code: KILLED, .. })) => Loss::Killed,
+            (_, Ok(Fate::Exited { code: Fate::KILLED, .. })) => Loss::Killed,
             (E::Unresponsive, _) => Loss::Unresponsive,
             (E::Ended | E::NotBegun | E::Layer(_) | E::Probe(_), _) => Loss::Died,
         }

@@ -3,7 +3,7 @@
 use std::process::ExitCode;
 
 use super::engine::start_runtime;
-use super::{Failure, PROGRESS, caps, log_to_stderr, spec};
+use super::{Failure, caps, spec, stand_apart};
 use crate::config::Config;
 use crate::probe::probe;
 use crate::runtime::LayerState;
@@ -11,8 +11,7 @@ use crate::runtime::LayerState;
 /// Exit status 1 where a server would not start with this configuration.
 pub(super) async fn doctor(mut config: Config) -> Result<ExitCode, Failure> {
     println!("driver: {}", config.driver.name());
-    log_to_stderr(&config, PROGRESS)?;
-    config.instance += "-run"; // a server of this instance is not to take our sandbox for its own
+    stand_apart(&mut config)?;
     let runtime = start_runtime(&config).await?;
     let findings = probe(&runtime, &spec(&config), &caps(&config, &[]), config.limits.create_timeout).await?;
     let engine = &findings.engine;

@@ -10,7 +10,7 @@ use tokio::signal::unix::{SignalKind, signal};
 
 use super::engine::start_runtime;
 use super::serve::prove;
-use super::{Failure, PROGRESS, caps, log_to_stderr, pool_settings, session_settings};
+use super::{Failure, caps, pool_settings, session_settings, stand_apart};
 use crate::config::Config;
 use crate::metrics::Metrics;
 use crate::pool::Pool;
@@ -38,8 +38,7 @@ pub(super) async fn run(mut config: Config, arguments: Arguments) -> Result<Exit
     let Arguments { file, data, timeout } = arguments;
     let code = read(&file)?;
     crate::server::check_data(&data).map_err(|error| format!("--data: {error}"))?;
-    log_to_stderr(&config, PROGRESS)?;
-    config.instance += "-run"; // a server of this instance is not to take our sandbox for its own
+    stand_apart(&mut config)?;
     let runtime = start_runtime(&config).await?;
     let (_, unenforced) = prove(&runtime, &config).await?;
     for limit in &unenforced {

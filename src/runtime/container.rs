@@ -1,10 +1,10 @@
 //! What container engines have in common: how we name and label containers, and what runs in them.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::fmt;
 use std::io;
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use bytes::Bytes;
@@ -12,45 +12,22 @@ use futures_util::{Stream, StreamExt};
 use tokio::io::{AsyncReadExt, AsyncWrite};
 use tokio_util::io::StreamReader;
 
-use super::{Claim, Duplex, Error, Found, KeySecret, Result, SandboxId, SandboxSpec, SessionKey};
+use super::guest::TCP_BUFFERS;
+use super::{
+    Claim, Duplex, Error, Found, KeySecret, Layer, Limit, Result, SandboxId, SandboxSpec, SessionKey,
+};
 
-/// Our own profile, the same for every driver.
-pub(super) const SECCOMP_PROFILE: &str = include_str!("../../config/seccomp.json");
 /// A label of every container of ours: whose it is.
 pub(super) const INSTANCE_LABEL: &str = "codesandbox.instance";
 /// A label of every container of ours: the secret of the keys in their names.
 pub(super) const SECRET_LABEL: &str = "codesandbox.secret";
 
-/// The environment that is added to the image's own: nothing of the server's.
-///
-/// Two of glibc's arenas are enough for threads that share one core, and each reserves 64 MiB of address space,
-/// which RLIMIT_AS counts where it stands in for a control group: with glibc's own choice 14 threads fill 512 MiB.
-/// The last two are for the interpreter's own start, and the supervisor takes them away: addresses bound and
-/// memory asked for once, before the first fork, are pages that no run has to copy.
-pub(super) const ENVIRONMENT: [(&str, &str); 9] = [
-    ("HOME", "/workspace"),
-    ("LANG", "C.UTF-8"),
-    ("LOGNAME", "sandbox"),
-    ("TMPDIR", "/tmp"),
-    ("USER", "sandbox"),
-    ("MPLCONFIGDIR", "/tmp"),
-    ("MALLOC_ARENA_MAX", "2"),
-    ("LD_BIND_NOW", "1"),
-    ("MALLOC_TOP_PAD_", "1048576"),
-];
-/// Thread pools of numeric libraries follow the CPU quota, not the host's cores.
-const THREAD_COUNTS: [&str; 4] =
-    ["OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMEXPR_NUM_THREADS"];
-/// What a sandbox calls itself.
-pub(super) const HOSTNAME: &str = "sandbox";
-/// Where runs work.
-pub(super) const WORKSPACE: &str = "/workspace";
 /// Victims of the host's own out-of-memory killer are sandboxes before the server; a run's process raises its
 /// own score further, so that within a sandbox it goes before the supervisor.
 pub(super) const OOM_SCORE_ADJ: i64 = 500;
-/// Bytes of one TCP connection's buffers, least, first and most: what no control group may count is small.
+/// What no control group may count is small.
 pub(super) const SYSCTLS: [(&str, &str); 2] =
-    [("net.ipv4.tcp_rmem", "4096 65536 262144"), ("net.ipv4.tcp_wmem", "4096 65536 262144")];
+    [("net.ipv4.tcp_rmem", TCP_BUFFERS), ("net.ipv4.tcp_wmem", TCP_BUFFERS)];
 /// What of /proc tells of the host: the engines' own list, and `interrupts`, whose counters tell of the others.
 pub(super) const MASKED_PATHS: [&str; 12] = [
     "/proc/acpi",
@@ -104,6 +81,33 @@ pub enum Pull {
     Always,
     /// Not by us.
     Never,
+}
+
+impl Settings {
+    /// Whether the image, which is `here` or not, is to be fetched.
+    pub(super) fn wants_pull(&self, driver: &str, here: bool) -> Result<bool> {
+        match self.pull {
+            Pull::Always => Ok(true),
+            Pull::Missing => Ok(!here),
+            Pull::Never if here => Ok(false),
+            Pull::Never => {
+                Err(image_missing(driver, &self.image, "the engine has no such image, and pull = \"never\""))
+            }
+        }
+    }
+
+    /// Whether each sandbox has a uid of its own.
+    pub(super) fn uids_layer(&self, driver: &str) -> Layer {
+        match &self.user {
+            None => Layer::on("uids", "a uid of its own for each sandbox"),
+            Some(user) => Layer::unenforced(
+                "uids",
+                format!("{driver}.user gives every sandbox the user {user}"),
+                Limit::Uids,
+                &format!("leave {driver}.user empty, or name uids in allow_unenforced"),
+            ),
+        }
+    }
 }
 
 /// What runs in a container: the supervisor, passed as an argument, so that any image with a `python3` serves.
@@ -179,13 +183,6 @@ pub(super) enum Mode {
     Beside,
 }
 
-/// The environment of every sandbox, beside the image's own.
-pub(super) fn environment(spec: &SandboxSpec) -> impl Iterator<Item = (&'static str, String)> {
-    let threads = (spec.cpus.ceil() as u64).max(1);
-    let fixed = ENVIRONMENT.into_iter().map(|(name, value)| (name, value.to_owned()));
-    fixed.chain(THREAD_COUNTS.into_iter().map(move |name| (name, threads.to_string())))
-}
-
 /// Resource limits by their names without `RLIMIT_`, in lower case.
 ///
 /// Not `nproc`: the engine's runtime sets them while it still is the engine's own user, of whose processes there
@@ -244,10 +241,36 @@ impl Names {
     }
 
     /// A container as `Runtime::list` gives it; `None` for a helper.
-    pub(super) fn found(&self, id: String, name: Option<&str>) -> Option<Found> {
-        let helper = name.is_some_and(|name| self.is_helper(name));
-        (!helper).then(|| Found { id: SandboxId(id), claim: name.and_then(|name| self.claim_of(name)) })
+    pub(super) fn found(&self, Listed { id, name, .. }: Listed) -> Option<Found> {
+        (!self.is_helper(&name)).then(|| Found { id, claim: self.claim_of(&name) })
     }
+}
+
+/// A container of this instance, as an engine lists it.
+#[derive(Debug)]
+pub(super) struct Listed {
+    pub(super) id: SandboxId,
+    /// With a slash before it where Docker gives it.
+    pub(super) name: String,
+    secret: Option<KeySecret>,
+}
+
+impl Listed {
+    /// `None` for one without an id, which no engine lists.
+    pub(super) fn new(
+        id: Option<String>,
+        names: Option<Vec<String>>,
+        labels: Option<HashMap<String, String>>,
+    ) -> Option<Listed> {
+        let name = names.into_iter().flatten().next().unwrap_or_default();
+        let secret = labels.and_then(|labels| KeySecret::from_hex(labels.get(SECRET_LABEL)?));
+        Some(Listed { id: SandboxId(id?), name, secret })
+    }
+}
+
+/// The secret that names our containers; a new one where there is none.
+pub(super) fn secret_of(containers: &[Listed]) -> KeySecret {
+    containers.iter().find_map(|container| container.secret.clone()).unwrap_or_else(KeySecret::random)
 }
 
 /// The labels of every container of ours.
@@ -308,6 +331,36 @@ impl fmt::Display for LastWords {
         let kept = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         f.write_str(String::from_utf8_lossy(&kept).trim())
     }
+}
+
+/// The last words of the containers that this process attached to.
+#[derive(Debug, Default)]
+pub(super) struct AllLastWords(Mutex<HashMap<SandboxId, LastWords>>);
+
+impl AllLastWords {
+    /// Empty ones, for a container that is being attached to.
+    pub(super) fn begin(&self, id: &SandboxId) -> LastWords {
+        let words = LastWords::default();
+        self.kept().insert(id.clone(), words.clone());
+        words
+    }
+
+    pub(super) fn of(&self, id: &SandboxId) -> String {
+        self.kept().get(id).map(LastWords::to_string).unwrap_or_default()
+    }
+
+    pub(super) fn forget(&self, id: &SandboxId) {
+        self.kept().remove(id);
+    }
+
+    fn kept(&self) -> MutexGuard<'_, HashMap<SandboxId, LastWords>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// What is left of a creation that nobody wants, or that failed, has been removed, or the log says so.
+pub(super) fn undone(removed: Result<()>) {
+    removed.unwrap_or_else(|error| tracing::warn!(%error, "a container that nobody wants may be left"));
 }
 
 /// One stream of an attached container's three.

@@ -3,7 +3,7 @@
 //! `container_request` lists every security setting; the rest of this file is calls.
 
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use async_trait::async_trait;
@@ -22,9 +22,10 @@ use bollard::query_parameters::{
 use futures_util::{StreamExt, TryStreamExt};
 
 use super::container::{
-    self, HOSTNAME, INSTANCE_LABEL, LastWords, MASKED_PATHS, Mode, Names, OOM_SCORE_ADJ, Output, Program,
-    Pull, SECCOMP_PROFILE, SECRET_LABEL, SYSCTLS, Settings, Uids, WORKSPACE,
+    self, AllLastWords, INSTANCE_LABEL, Listed, MASKED_PATHS, Mode, Names, OOM_SCORE_ADJ, Output, Program,
+    SYSCTLS, Settings, Uids,
 };
+use super::guest::{self, HOSTNAME, SECCOMP_PROFILE, WORKSPACE};
 use super::{
     Engine, Error, Fate, Found, KeySecret, Layer, Limit, Result, Runtime, Sandbox, SandboxId, SandboxSpec,
     SessionKey, detached,
@@ -74,18 +75,18 @@ struct Inner {
     /// Where the image declares volumes.
     volumes: Vec<String>,
     uids: Uids,
-    /// Of the containers that this process attached to.
-    last_words: Mutex<HashMap<SandboxId, LastWords>>,
+    last_words: AllLastWords,
 }
 
 /// What Docker is asked for: every security setting of this driver.
 ///
-/// `user` is `uid:gid`, and never root's.
+/// `user` is `uid:gid`, and never root's; `volumes` are those that the image declares.
 fn container_request(
     spec: &SandboxSpec,
     settings: &Settings,
     secret: &KeySecret,
     user: &str,
+    volumes: &[String],
     mut program: Vec<String>,
 ) -> ContainerCreateBody {
     let (uid, gid) = user.split_once(':').unwrap_or((user, user));
@@ -93,6 +94,12 @@ fn container_request(
         let SandboxSpec { inodes, .. } = spec;
         format!("rw,exec,nosuid,nodev,size={size},nr_inodes={inodes},mode={mode},uid={uid},gid={gid}")
     };
+    let no_volumes = volumes.iter().map(|place| (place.clone(), NO_VOLUME.to_owned()));
+    let ours = [
+        (WORKSPACE.into(), tmpfs(spec.workspace_bytes, "0755")),
+        ("/tmp".into(), tmpfs(spec.tmp_bytes, "1777")),
+        ("/dev/shm".into(), tmpfs(spec.shm_bytes, "1777")),
+    ];
     let ulimit = |(name, value): (&str, u64)| ResourcesUlimits {
         name: Some(name.into()),
         soft: Some(value as i64),
@@ -117,11 +124,7 @@ fn container_request(
         // Files.
         readonly_rootfs: Some(true),
         masked_paths: Some(MASKED_PATHS.map(str::to_owned).to_vec()),
-        tmpfs: Some(HashMap::from([
-            (WORKSPACE.into(), tmpfs(spec.workspace_bytes, "0755")),
-            ("/tmp".into(), tmpfs(spec.tmp_bytes, "1777")),
-            ("/dev/shm".into(), tmpfs(spec.shm_bytes, "1777")),
-        ])),
+        tmpfs: Some(no_volumes.chain(ours).collect()), // ours last: they go over a volume of that name
         // Namespaces.
         network_mode: Some("none".into()), // and not network_disabled, which leaves out /etc/hosts, too
         // Not the host's own servers and domain.
@@ -135,7 +138,7 @@ fn container_request(
         init: Some(false), // PID 1 is the supervisor
         ..HostConfig::default()
     };
-    let environment = container::environment(spec).map(|(name, value)| format!("{name}={value}"));
+    let environment = guest::environment(spec).map(|(name, value)| format!("{name}={value}"));
     let arguments = program.split_off(1);
     ContainerCreateBody {
         image: Some(settings.image.clone()),
@@ -191,18 +194,15 @@ impl Docker {
             names: Names::new(&settings.instance),
             settings,
             program: Program::new(supervisor),
-            secret: secret_of(&left),
+            secret: container::secret_of(&left),
             info,
             volumes,
             uids: Uids::new(first, many),
-            last_words: Mutex::default(),
+            last_words: AllLastWords::default(),
         };
         inner.program = inner.compile(supervisor).await?;
-        for container in left.iter() {
-            let name = container.names.iter().flatten().next();
-            if let (Some(id), Some(true)) = (&container.id, name.map(|name| inner.names.is_helper(name))) {
-                inner.remove(&SandboxId(id.clone())).await?; // of a server that was killed in the middle
-            }
+        for helper in left.iter().filter(|container| inner.names.is_helper(&container.name)) {
+            inner.remove(&helper.id).await?; // of a server that was killed in the middle
         }
         Ok(Docker(Arc::new(inner)))
     }
@@ -251,15 +251,7 @@ fn check_runtime(info: &SystemInfo, settings: &Settings) -> Result<()> {
 async fn ensure_image(client: &Client, settings: &Settings) -> Result<Vec<String>> {
     let image = &settings.image;
     let mut here = look_for(client, image).await?;
-    match settings.pull {
-        Pull::Always => here = None,
-        Pull::Never if here.is_none() => {
-            let why = "the daemon has no such image, and pull = \"never\"";
-            return Err(container::image_missing(DRIVER, image, why));
-        }
-        Pull::Missing | Pull::Never => {}
-    }
-    if here.is_none() {
+    if settings.wants_pull(DRIVER, here.is_some())? {
         pull(client, image).await?;
         here = look_for(client, image).await?;
     }
@@ -308,18 +300,12 @@ async fn pull(client: &Client, image: &str) -> Result<()> {
     Ok(())
 }
 
-async fn listed(client: &Client, instance: &str) -> Result<Vec<bollard::models::ContainerSummary>> {
+async fn listed(client: &Client, instance: &str) -> Result<Vec<Listed>> {
     let ours = HashMap::from([("label", vec![format!("{INSTANCE_LABEL}={instance}")])]);
     let options = ListContainersOptionsBuilder::default().all(true).filters(&ours).build();
-    within("list", client.list_containers(Some(options)))
-        .await
-        .map_err(|failure| failure.at("list our containers"))
-}
-
-/// The secret that names our containers; a new one where there is none.
-fn secret_of(containers: &[bollard::models::ContainerSummary]) -> KeySecret {
-    let labels = containers.iter().filter_map(|container| container.labels.as_ref()?.get(SECRET_LABEL));
-    labels.filter_map(|secret| KeySecret::from_hex(secret)).next().unwrap_or_else(KeySecret::random)
+    let listed = within("list", client.list_containers(Some(options))).await;
+    let listed = listed.map_err(|failure| failure.at("list our containers"))?.into_iter();
+    Ok(listed.filter_map(|container| Listed::new(container.id, container.names, container.labels)).collect())
 }
 
 impl Inner {
@@ -327,19 +313,14 @@ impl Inner {
     async fn compile(&self, supervisor: &'static str) -> Result<Program> {
         let (name, spec) = (self.names.helper()?, SandboxSpec::smallest());
         let Sandbox { id, stream } = self.make(name, &spec, self.program.compiler()).await?;
-        let compiled = Program::compiled(supervisor, stream, || self.words_of(&id)).await;
+        let compiled = Program::compiled(supervisor, stream, || self.last_words.of(&id)).await;
         self.remove(&id).await?;
         compiled
     }
 
     async fn make(&self, name: String, spec: &SandboxSpec, program: Vec<String>) -> Result<Sandbox> {
         let user = self.settings.user.clone().unwrap_or_else(|| self.uids.next());
-        let mut request = container_request(spec, &self.settings, &self.secret, &user, program);
-        if let Some(tmpfs) = request.host_config.as_mut().and_then(|config| config.tmpfs.as_mut()) {
-            for volume in &self.volumes {
-                tmpfs.entry(volume.clone()).or_insert_with(|| NO_VOLUME.into());
-            }
-        }
+        let request = container_request(spec, &self.settings, &self.secret, &user, &self.volumes, program);
         let options = CreateContainerOptionsBuilder::default().name(&name).build();
         let created = within("create", self.client.create_container(Some(options), request)).await;
         let made = match created {
@@ -351,9 +332,7 @@ impl Inner {
         };
         if made.is_err() {
             // By the name, which we know even where the answer was lost.
-            let undone = self.remove(&SandboxId(name)).await;
-            undone
-                .unwrap_or_else(|error| tracing::warn!(%error, "a container that did not start may be left"));
+            container::undone(self.remove(&SandboxId(name)).await);
         }
         made
     }
@@ -372,8 +351,7 @@ impl Inner {
         let attached = within("attach", self.client.attach_container(&id.0, Some(options))).await;
         let AttachContainerResults { output, input } =
             attached.map_err(|failure| failure.of(id, "attach to"))?;
-        let words = LastWords::default();
-        self.last_words().insert(id.clone(), words.clone());
+        let words = self.last_words.begin(id);
         let output = output.map_err(std::io::Error::other).map_ok(|output| match output {
             LogOutput::StdErr { message } => Output::Stderr(message),
             LogOutput::StdOut { message } | LogOutput::StdIn { message } | LogOutput::Console { message } => {
@@ -398,7 +376,7 @@ impl Inner {
                 Err(failure) => return Err(failure.of(id, "remove")),
             }
         }
-        self.last_words().remove(id);
+        self.last_words.forget(id);
         Ok(())
     }
 
@@ -406,14 +384,6 @@ impl Inner {
         let inspected =
             within("inspect", self.client.inspect_container(&id.0, None::<InspectContainerOptions>)).await;
         inspected.map_err(|failure| failure.of(id, "inspect"))
-    }
-
-    fn words_of(&self, id: &SandboxId) -> String {
-        self.last_words().get(id).map(LastWords::to_string).unwrap_or_default()
-    }
-
-    fn last_words(&self) -> std::sync::MutexGuard<'_, HashMap<SandboxId, LastWords>> {
-        self.last_words.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The layers as the daemon tells of them; `real` are the settings that it says the first sandbox has.
@@ -440,15 +410,7 @@ impl Inner {
                 "swapaccount=1, or no swap",
             ),
         });
-        layers.push(match &self.settings.user {
-            None => Layer::on("uids", "a uid of its own for each sandbox"),
-            Some(user) => Layer::unenforced(
-                "uids",
-                format!("docker.user gives every sandbox the user {user}"),
-                Limit::Uids,
-                "leave docker.user empty, or name uids in allow_unenforced",
-            ),
-        });
+        layers.push(self.settings.uids_layer(DRIVER));
         layers.push(match maps_uids(info) {
             true => Layer::on("user_namespace", "the daemon maps uids"),
             false => {
@@ -467,8 +429,9 @@ fn claimed_layers(
     secret: &KeySecret,
     real: &HostConfig,
 ) -> Vec<Layer> {
-    let asked =
-        container_request(spec, settings, secret, "1:1", vec!["".into()]).host_config.unwrap_or_default();
+    let asked = container_request(spec, settings, secret, "1:1", &[], vec!["".into()])
+        .host_config
+        .unwrap_or_default();
     let layer = |name, holds: bool, by: &str| match holds {
         true => Layer::on(name, by),
         false => Layer::missing(name, "the daemon says that the sandbox does not have it"),
@@ -519,9 +482,7 @@ impl Runtime for Docker {
         let name = inner.names.unclaimed()?;
         let make = async move { inner.make(name, &spec, inner.program.supervisor(Mode::Park)).await };
         detached(DRIVER, make, async move |id| {
-            let undone = undoing.remove(&id).await;
-            undone
-                .unwrap_or_else(|error| tracing::warn!(%error, "a container that nobody wanted may be left"));
+            container::undone(undoing.remove(&id).await);
         })
         .await
     }
@@ -543,11 +504,7 @@ impl Runtime for Docker {
 
     async fn list(&self) -> Result<Vec<Found>> {
         let containers = listed(&self.0.client, &self.0.settings.instance).await?;
-        let found = containers.into_iter().filter_map(|container| {
-            let name = container.names.iter().flatten().next().map(String::as_str);
-            self.0.names.found(container.id?, name)
-        });
-        Ok(found.collect())
+        Ok(containers.into_iter().filter_map(|container| self.0.names.found(container)).collect())
     }
 
     async fn fate(&self, id: &SandboxId) -> Result<Fate> {
@@ -562,12 +519,12 @@ impl Runtime for Docker {
             }
             Some(Status::PAUSED) => Fate::Paused,
             Some(Status::EXITED | Status::DEAD)
-                if state.oom_killed == Some(true) && state.exit_code == Some(137) =>
+                if state.oom_killed == Some(true) && state.exit_code == Some(Fate::KILLED.into()) =>
             {
                 Fate::OutOfMemory
             }
             Some(Status::EXITED | Status::DEAD) => {
-                Fate::Exited { code: state.exit_code.unwrap_or(-1) as i32, stderr: self.0.words_of(id) }
+                Fate::Exited { code: state.exit_code.unwrap_or(-1) as i32, stderr: self.0.last_words.of(id) }
             }
             _ => Fate::Gone,
         })
@@ -638,6 +595,7 @@ fn causes(error: &dyn std::error::Error) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::runtime::container::{Pull, SECRET_LABEL};
     use serde_json::{Value, json};
 
     fn settings() -> Settings {
@@ -656,7 +614,15 @@ mod tests {
         let program = ["python3", "-c", "x"].map(str::to_owned).to_vec();
         let spec = SandboxSpec { cpus: 0.5, ..SandboxSpec::smallest() };
         let secret = KeySecret([7; 32]);
-        serde_json::to_value(container_request(&spec, &settings(), &secret, "5:6", program)).unwrap()
+        serde_json::to_value(container_request(
+            &spec,
+            &settings(),
+            &secret,
+            "5:6",
+            &["/data".into(), "/tmp".into()],
+            program,
+        ))
+        .unwrap()
     }
 
     #[test]
@@ -687,6 +653,8 @@ mod tests {
         for option in ["nosuid", "nodev", "size=1048576", "nr_inodes=64", "uid=5", "gid=6"] {
             assert!(workspace.split(',').any(|given| given == option), "{option}: {workspace}");
         }
+        assert_eq!(host["Tmpfs"]["/data"], NO_VOLUME, "a volume of the image's");
+        assert!(host["Tmpfs"]["/tmp"].as_str().unwrap().contains("size=1048576"), "ours all the same");
         let limit = |name: &str| {
             let all = host["Ulimits"].as_array().unwrap().iter();
             all.filter(|limit| limit["Name"] == name).map(|limit| limit["Hard"].clone()).collect::<Vec<_>>()
@@ -715,8 +683,9 @@ mod tests {
     #[test]
     fn a_setting_that_the_daemon_denies_is_a_missing_layer() {
         let (spec, secret) = (SandboxSpec::smallest(), KeySecret([7; 32]));
-        let asked =
-            || container_request(&spec, &settings(), &secret, "5:6", vec!["x".into()]).host_config.unwrap();
+        let asked = || {
+            container_request(&spec, &settings(), &secret, "5:6", &[], vec!["x".into()]).host_config.unwrap()
+        };
         let missing = |real: HostConfig| -> Vec<_> {
             let layers = claimed_layers(&spec, &settings(), &secret, &real).into_iter();
             layers

@@ -5,6 +5,7 @@ pub mod docker;
 pub mod embedded;
 mod error;
 pub mod fake;
+mod guest;
 pub mod podman;
 
 mod spec;

@@ -6,7 +6,7 @@ mod raw;
 
 use std::collections::HashMap;
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use async_trait::async_trait;
@@ -19,9 +19,10 @@ use tokio::sync::OnceCell;
 use tokio::time::Instant;
 
 use super::container::{
-    self, HOSTNAME, INSTANCE_LABEL, LastWords, MASKED_PATHS, Mode, Names, OOM_SCORE_ADJ, Program, Pull,
-    SECCOMP_PROFILE, SECRET_LABEL, SYSCTLS, Settings, Uids, WORKSPACE,
+    self, AllLastWords, INSTANCE_LABEL, Listed, MASKED_PATHS, Mode, Names, OOM_SCORE_ADJ, Program, SYSCTLS,
+    Settings, Uids,
 };
+use super::guest::{self, HOSTNAME, SECCOMP_PROFILE, WORKSPACE};
 use super::{
     Engine, Error, Fate, Found, KeySecret, Layer, Limit, Result, Runtime, Sandbox, SandboxId, SandboxSpec,
     SessionKey, detached,
@@ -72,23 +73,27 @@ struct Inner {
     raw: Raw,
     settings: Settings,
     program: Program,
-    profile: PathBuf,
-    /// Our own /etc/hosts, where the service sees it.
-    hosts: Option<PathBuf>,
+    files: Files,
     names: Names,
     secret: KeySecret,
     host: Host,
     uids: Uids,
     /// Whether a container's stdin stays open when we go: what `attach` found once.
     stdin_survives: OnceCell<bool>,
-    /// Of the containers that this process attached to.
-    last_words: Mutex<HashMap<SandboxId, LastWords>>,
+    last_words: AllLastWords,
 }
 
 impl std::fmt::Debug for Inner {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Inner").field("url", &self.settings.url).finish_non_exhaustive()
     }
+}
+
+/// Our files, by their paths on the service's host.
+struct Files {
+    profile: PathBuf,
+    /// A sandbox's /etc/hosts, where we can put it there.
+    hosts: Option<PathBuf>,
 }
 
 /// What the service tells of itself.
@@ -132,13 +137,13 @@ impl Host {
 
 /// What Podman is asked for: every security setting of this driver.
 ///
-/// `user` is `uid:gid`, and never root's; `profile` is read by the service, on its own host.
+/// `user` is `uid:gid`, and never root's.
 fn container_request(
     spec: &SandboxSpec,
     settings: &Settings,
     secret: &KeySecret,
     user: &str,
-    profile: &str,
+    files: &Files,
     program: Vec<String>,
 ) -> Value {
     let tmpfs = |destination: &str, size: u64, mode: &str| {
@@ -146,6 +151,16 @@ fn container_request(
         let options = ["rw", "exec", "nosuid", "nodev", "U", &format!("size={size}"), mode];
         json!({"destination": destination, "type": "tmpfs", "source": "tmpfs", "options": options})
     };
+    let bind = |source: &PathBuf| {
+        let options = ["ro", "nosuid", "nodev", "noexec"];
+        json!({"destination": "/etc/hosts", "type": "bind", "source": source, "options": options})
+    };
+    let mounts = [
+        tmpfs(WORKSPACE, spec.workspace_bytes, "mode=0755"),
+        tmpfs("/tmp", spec.tmp_bytes, "mode=1777"),
+        tmpfs("/dev/shm", spec.shm_bytes, "mode=1777"),
+    ];
+    let mounts: Vec<_> = mounts.into_iter().chain(files.hosts.as_ref().map(bind)).collect();
     let rlimits: Vec<_> = container::resources(spec)
         .map(|(name, value)| json!({"type": name.to_uppercase(), "soft": value, "hard": value}))
         .collect();
@@ -155,7 +170,7 @@ fn container_request(
         "image": settings.image,
         "entrypoint": program,
         "command": arguments,
-        "env": container::environment(spec).collect::<HashMap<_, _>>(),
+        "env": guest::environment(spec).collect::<HashMap<_, _>>(),
         "httpproxy": false, // else the service's own proxy variables, passwords and all
         "user": user,
         "work_dir": WORKSPACE,
@@ -177,19 +192,15 @@ fn container_request(
         "privileged": false,
         "cap_drop": ["ALL"],
         "no_new_privileges": true,
-        "seccomp_profile_path": profile,
+        "seccomp_profile_path": files.profile,
         // Files.
         "read_only_filesystem": true,
         "read_write_tmpfs": false,
         "image_volume_mode": "ignore",
         "mask": MASKED_PATHS,
-        "mounts": [
-            tmpfs(WORKSPACE, spec.workspace_bytes, "mode=0755"),
-            tmpfs("/tmp", spec.tmp_bytes, "mode=1777"),
-            tmpfs("/dev/shm", spec.shm_bytes, "mode=1777"),
-        ],
+        "mounts": mounts,
         "use_image_resolve_conf": true,
-        "use_image_hosts": true, // else the host's own names, and its address; `hosts` goes over it where it can
+        "use_image_hosts": true, // else the host's own names, and its address
         // Namespaces.
         "netns": {"nsmode": "none"},
         "ipcns": {"nsmode": "private"},
@@ -224,11 +235,12 @@ impl Podman {
         let uids = uids(&host, &settings)?;
         ensure_image(&client, &raw, &settings).await?;
         let instance = &settings.instance;
-        let (profile, hosts) = match profile {
-            Profile::There(path) => (path, None),
+        let files = match profile {
+            Profile::There(profile) => Files { profile, hosts: None },
             Profile::Into(directory) => {
                 let place = |name: &str| directory.join(format!("codesandbox-{instance}-{name}"));
-                (write(place("seccomp.json"), SECCOMP_PROFILE)?, Some(write(place("hosts"), HOSTS)?))
+                let profile = write(place("seccomp.json"), SECCOMP_PROFILE)?;
+                Files { profile, hosts: Some(write(place("hosts"), HOSTS)?) }
             }
         };
         let left = listed(&client, &settings.instance).await?;
@@ -238,20 +250,16 @@ impl Podman {
             names: Names::new(&settings.instance),
             settings,
             program: Program::new(supervisor),
-            profile,
-            hosts,
-            secret: secret_of(&left),
+            files,
+            secret: container::secret_of(&left),
             host,
             uids,
             stdin_survives: OnceCell::new(),
-            last_words: Mutex::default(),
+            last_words: AllLastWords::default(),
         };
         inner.program = inner.compile(supervisor).await?;
-        for container in left.iter() {
-            let name = container.names.iter().flatten().next();
-            if let (Some(id), Some(true)) = (&container.id, name.map(|name| inner.names.is_helper(name))) {
-                inner.remove(&SandboxId(id.clone())).await?; // of a server that was killed in the middle
-            }
+        for helper in left.iter().filter(|container| inner.names.is_helper(&container.name)) {
+            inner.remove(&helper.id).await?; // of a server that was killed in the middle
         }
         let inner = Arc::new(inner);
         if !left.is_empty() {
@@ -304,15 +312,9 @@ async fn ensure_image(client: &Client, raw: &Raw, settings: &Settings) -> Result
         Err(Failure::Refused(Refusal { status: StatusCode::NOT_FOUND, .. })) => false,
         Err(failure) => return Err(at(failure, format!("look for the image {image}"))),
     };
-    match settings.pull {
-        Pull::Always => pull(client, image).await,
-        Pull::Missing if !here => pull(client, image).await,
-        Pull::Never if !here => Err(container::image_missing(
-            DRIVER,
-            image,
-            "the service has no such image, and pull = \"never\"",
-        )),
-        Pull::Missing | Pull::Never => Ok(()),
+    match settings.wants_pull(DRIVER, here)? {
+        true => pull(client, image).await,
+        false => Ok(()),
     }
 }
 
@@ -350,18 +352,13 @@ fn write(path: PathBuf, text: &str) -> Result<PathBuf> {
     Ok(path)
 }
 
-async fn listed(client: &Client, instance: &str) -> Result<Vec<podman_api::models::ListContainer>> {
+async fn listed(client: &Client, instance: &str) -> Result<Vec<Listed>> {
     let ours = ContainerListFilter::LabelKeyVal(INSTANCE_LABEL.into(), instance.into());
     let options = ContainerListOpts::builder().all(true).filter([ours]).build();
     let containers = client.containers();
     let listed = within_crate("list", containers.list(&options)).await;
-    listed.map_err(|failure| at(failure, "list our containers"))
-}
-
-/// The secret that names our containers; a new one where there is none.
-fn secret_of(containers: &[podman_api::models::ListContainer]) -> KeySecret {
-    let labels = containers.iter().filter_map(|container| container.labels.as_ref()?.get(SECRET_LABEL));
-    labels.filter_map(|secret| KeySecret::from_hex(secret)).next().unwrap_or_else(KeySecret::random)
+    let listed = listed.map_err(|failure| at(failure, "list our containers"))?.into_iter();
+    Ok(listed.filter_map(|container| Listed::new(container.id, container.names, container.labels)).collect())
 }
 
 impl Inner {
@@ -369,7 +366,7 @@ impl Inner {
     async fn compile(&self, supervisor: &'static str) -> Result<Program> {
         let (name, spec) = (self.names.helper()?, SandboxSpec::smallest());
         let Sandbox { id, stream } = self.make(name, &spec, self.program.compiler()).await?;
-        let compiled = Program::compiled(supervisor, stream, || self.words_of(&id)).await;
+        let compiled = Program::compiled(supervisor, stream, || self.last_words.of(&id)).await;
         self.remove(&id).await?;
         compiled
     }
@@ -378,9 +375,7 @@ impl Inner {
         let made = self.begin(&name, spec, program).await;
         if made.is_err() {
             // By the name, which we know even where the answer was lost.
-            let undone = self.remove(&SandboxId(name)).await;
-            undone
-                .unwrap_or_else(|error| tracing::warn!(%error, "a container that did not start may be left"));
+            container::undone(self.remove(&SandboxId(name)).await);
         }
         made
     }
@@ -388,14 +383,7 @@ impl Inner {
     /// Attached first: nothing that it says can be lost then.
     async fn begin(&self, name: &str, spec: &SandboxSpec, program: Vec<String>) -> Result<Sandbox> {
         let user = self.settings.user.clone().unwrap_or_else(|| self.uids.next());
-        let profile = self.profile.to_string_lossy();
-        let mut request = container_request(spec, &self.settings, &self.secret, &user, &profile, program);
-        if let (Some(hosts), Some(mounts)) = (&self.hosts, request["mounts"].as_array_mut()) {
-            let options = ["ro", "nosuid", "nodev", "noexec"];
-            mounts.push(
-                json!({"destination": "/etc/hosts", "type": "bind", "source": hosts, "options": options}),
-            );
-        }
+        let mut request = container_request(spec, &self.settings, &self.secret, &user, &self.files, program);
         request["name"] = name.into();
         // By hand: podman-api misspells no_new_privileges and log_configuration's driver, which Podman ignores.
         let created = within("create", self.raw.call(Method::POST, "/containers/create", &request)).await;
@@ -422,8 +410,7 @@ impl Inner {
 
     /// By hand: podman-api looks at the container first, with its size, which takes 45 ms.
     async fn attach(&self, id: &SandboxId) -> Result<Sandbox> {
-        let words = LastWords::default();
-        self.last_words().insert(id.clone(), words.clone());
+        let words = self.last_words.begin(id);
         let path =
             format!("/containers/{id}/attach?stream=true&stdin=true&stdout=true&stderr=true&logs=false");
         let mut attempts = ATTACH_ATTEMPTS;
@@ -464,8 +451,7 @@ impl Inner {
 
     /// A second supervisor, beside a PID 1 whose stdin conmon has closed.
     async fn attach_beside(&self, id: &SandboxId) -> Result<Sandbox> {
-        let words = LastWords::default();
-        self.last_words().insert(id.clone(), words.clone());
+        let words = self.last_words.begin(id);
         let program = self.program.supervisor(Mode::Beside);
         let request = json!({"AttachStdin": true, "AttachStdout": true, "AttachStderr": true, "Tty": false, "Cmd": program});
         let path = format!("/containers/{id}/exec");
@@ -517,7 +503,7 @@ impl Inner {
             Ok(()) | Err(Failure::Refused(Refusal { status: StatusCode::NOT_FOUND, .. })) => {}
             Err(failure) => return Err(of(failure, id, "remove")),
         }
-        self.last_words().remove(id);
+        self.last_words.forget(id);
         Ok(())
     }
 
@@ -526,14 +512,6 @@ impl Inner {
         let path = format!("/containers/{id}/json?size=false");
         let inspected = within("inspect", self.raw.call(Method::GET, &path, &Value::Null)).await;
         inspected.map_err(|failure| of(failure, id, "inspect"))
-    }
-
-    fn words_of(&self, id: &SandboxId) -> String {
-        self.last_words().get(id).map(LastWords::to_string).unwrap_or_default()
-    }
-
-    fn last_words(&self) -> std::sync::MutexGuard<'_, HashMap<SandboxId, LastWords>> {
-        self.last_words.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The layers as the service tells of them; `real` is what it says of the first sandbox.
@@ -571,15 +549,7 @@ impl Inner {
                 }
             },
         );
-        layers.push(match &self.settings.user {
-            None => Layer::on("uids", "a uid of its own for each sandbox"),
-            Some(user) => Layer::unenforced(
-                "uids",
-                format!("podman.user gives every sandbox the user {user}"),
-                Limit::Uids,
-                "leave podman.user empty, or name uids in allow_unenforced",
-            ),
-        });
+        layers.push(self.settings.uids_layer(DRIVER));
         layers.push(match host.rootless {
             true => Layer::on("user_namespace", "the one of rootless Podman, without rights outside"),
             false => Layer::off("user_namespace", "the service runs as root", "a rootless service"),
@@ -652,9 +622,7 @@ impl Runtime for Podman {
         let name = inner.names.unclaimed()?;
         let make = async move { inner.make(name, &spec, inner.program.supervisor(Mode::Park)).await };
         detached(DRIVER, make, async move |id| {
-            let undone = undoing.remove(&id).await;
-            undone
-                .unwrap_or_else(|error| tracing::warn!(%error, "a container that nobody wanted may be left"));
+            container::undone(undoing.remove(&id).await);
         })
         .await
     }
@@ -683,11 +651,7 @@ impl Runtime for Podman {
 
     async fn list(&self) -> Result<Vec<Found>> {
         let containers = listed(&self.0.client, &self.0.settings.instance).await?;
-        let found = containers.into_iter().filter_map(|container| {
-            let name = container.names.iter().flatten().next().map(String::as_str);
-            self.0.names.found(container.id?, name)
-        });
-        Ok(found.collect())
+        Ok(containers.into_iter().filter_map(|container| self.0.names.found(container)).collect())
     }
 
     async fn fate(&self, id: &SandboxId) -> Result<Fate> {
@@ -717,7 +681,7 @@ impl Runtime for Podman {
             }
             "paused" => Fate::Paused,
             "exited" | "stopped" | "stopping" if state["OOMKilled"] == true => Fate::OutOfMemory,
-            "exited" | "stopped" | "stopping" => Fate::Exited { code, stderr: self.0.words_of(id) },
+            "exited" | "stopped" | "stopping" => Fate::Exited { code, stderr: self.0.last_words.of(id) },
             _ => Fate::Gone,
         })
     }
@@ -787,6 +751,7 @@ fn encoded(name: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::runtime::container::Pull;
 
     fn request() -> Value {
         let settings = Settings {
@@ -800,7 +765,8 @@ mod tests {
         };
         let program = ["python3", "-c", "x"].map(str::to_owned).to_vec();
         let spec = SandboxSpec { cpus: 0.5, ..SandboxSpec::smallest() };
-        container_request(&spec, &settings, &KeySecret([7; 32]), "5:6", "/run/profile.json", program)
+        let files = Files { profile: "/run/profile.json".into(), hosts: Some("/run/hosts".into()) };
+        container_request(&spec, &settings, &KeySecret([7; 32]), "5:6", &files, program)
     }
 
     #[test]
@@ -834,6 +800,9 @@ mod tests {
             "it would count the processes of the service's own user"
         );
         assert_eq!(request["labels"][INSTANCE_LABEL], "me");
+        let hosts = request["mounts"].as_array().unwrap().last().unwrap();
+        assert_eq!((&hosts["destination"], &hosts["source"]), (&json!("/etc/hosts"), &json!("/run/hosts")));
+        assert!(hosts["options"].as_array().unwrap().contains(&json!("ro")), "{hosts}");
     }
 
     #[test]

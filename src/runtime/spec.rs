@@ -76,20 +76,14 @@ impl KeySecret {
     }
 
     /// As `to_hex` gave it; `None` for anything else.
-    pub fn from_hex(hex: &str) -> Option<KeySecret> {
+    pub fn from_hex(text: &str) -> Option<KeySecret> {
         let mut secret = [0; 32];
-        if hex.len() != 2 * secret.len() || !hex.is_ascii() {
-            return None;
-        }
-        for (byte, digits) in secret.iter_mut().zip(hex.as_bytes().chunks(2)) {
-            *byte = u8::from_str_radix(std::str::from_utf8(digits).ok()?, 16).ok()?;
-        }
-        Some(KeySecret(secret))
+        hex::decode_to_slice(text, &mut secret).ok().map(|()| KeySecret(secret))
     }
 
     /// In lower-case hex.
     pub fn to_hex(&self) -> String {
-        self.0.iter().map(|byte| format!("{byte:02x}")).collect()
+        hex::encode(self.0)
     }
 }
 
@@ -138,6 +132,11 @@ pub enum Fate {
     Paused,
     /// The engine does not know it.
     Gone,
+}
+
+impl Fate {
+    /// The exit status of a PID 1 that SIGKILL ended.
+    pub const KILLED: i32 = 128 + 9;
 }
 
 /// A protection that an engine may fail to give, by the name that `allow_unenforced` takes.

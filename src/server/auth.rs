@@ -87,26 +87,17 @@ impl Key {
     pub fn generate(tenant: &str) -> (String, String) {
         let mut random = [0; KEY_BYTES];
         getrandom::fill(&mut random).expect("the kernel gives random numbers once it is up");
-        let key = format!("{KEY_PREFIX}{}", hex(&random));
-        let line = format!("{tenant}:{}", hex(&Sha256::digest(key.as_bytes())));
+        let key = format!("{KEY_PREFIX}{}", hex::encode(random));
+        let line = format!("{tenant}:{}", hex::encode(Sha256::digest(key.as_bytes())));
         (key, line)
     }
 
     fn parse(line: &str) -> Option<Key> {
         let (tenant, digits) = line.split_once(':')?;
-        if tenant.is_empty() || digits.len() != 64 || !digits.is_ascii() {
-            return None;
-        }
         let mut hash = [0; 32];
-        for (byte, pair) in hash.iter_mut().zip(digits.as_bytes().chunks(2)) {
-            *byte = u8::from_str_radix(std::str::from_utf8(pair).ok()?, 16).ok()?;
-        }
+        hex::decode_to_slice(digits, &mut hash).ok().filter(|()| !tenant.is_empty())?;
         Some(Key { tenant: tenant.into(), hash })
     }
-}
-
-fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 #[cfg(test)]

@@ -96,7 +96,7 @@ impl Hello {
         let is = |field: &Option<String>, wanted| field.as_ref().is_none_or(|value| value == wanted);
         [
             (self.pid == 1 || self.beside, "pid_namespace"),
-            (self.uid != 0, "user_namespace"),
+            (self.uid != 0, "user"),
             (none(&self.bounding_set) && none(&self.effective_set), "capabilities"),
             (is(&self.no_new_privileges, "1"), "no_new_privileges"),
             (is(&self.seccomp, "2"), "seccomp"),

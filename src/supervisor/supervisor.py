@@ -663,13 +663,17 @@ def kill_until_nothing_is_left():
 
 
 def collect():
-    """Takes note of the children that have ended: so many at once that a fork bomb cannot keep us at it."""
+    """Takes note of the children that have ended: so many at once that a fork bomb cannot keep us at it.
+
+    False where there is none left.
+    """
     try:
         for _ in range(MOST_ENDED):
             if not os.waitpid(-1, os.WNOHANG)[0]:
-                break
+                return False
     except ChildProcessError:
-        pass
+        return False
+    return True
 
 
 def leave():
@@ -681,16 +685,9 @@ def leave():
     _signal.pthread_sigmask(_signal.SIG_BLOCK, [_signal.SIGCHLD])
     prctl(PR_SET_NAME, PARKED)
     while True:
-        collect_all()
-        _signal.sigwait([_signal.SIGCHLD])
-
-
-def collect_all():
-    try:
-        while os.waitpid(-1, os.WNOHANG)[0]:
+        while collect():
             pass
-    except ChildProcessError:
-        pass
+        _signal.sigwait([_signal.SIGCHLD])
 
 
 class Supervisor:

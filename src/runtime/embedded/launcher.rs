@@ -22,6 +22,7 @@ use super::template::Template;
 use super::wire::{self, Failure, Ids, Preparation, Program, Reply, Request, step};
 use super::{LAUNCHER_ARGUMENT, seccomp};
 use crate::runtime::SandboxSpec;
+use crate::runtime::guest::SECCOMP_PROFILE;
 
 /// Becomes the launcher and never returns where this process was started as one.
 ///
@@ -76,7 +77,7 @@ fn prepare(socket: BorrowedFd<'_>) -> Result<Option<Launcher>, Failure> {
     }
     step("PR_SET_PDEATHSIG", set_parent_process_death_signal(Some(Signal::KILL)))?;
     raise_descriptor_limit();
-    let filter = seccomp::Program::compile(super::SECCOMP_PROFILE)
+    let filter = seccomp::Program::compile(SECCOMP_PROFILE)
         .map_err(|error| Failure { step: format!("compile config/seccomp.json: {error}"), errno: 0 })?;
     let template = Template::build(&preparation)?;
     step("tell the server", wire::send(socket, &Reply::Ready, &[]))?;

@@ -5,6 +5,8 @@
 use rustix::mount::MountFlags;
 use rustix::process::Resource;
 
+use crate::runtime::guest::{HOSTNAME, TCP_BUFFERS};
+
 /// The uid and gid that everything in a sandbox has, seen from inside: not root, no capability, one group.
 pub(super) const SANDBOX_ID: u32 = 1000;
 
@@ -35,9 +37,9 @@ pub(super) const NAMESPACE_LIMITS: [&str; 8] = [
     "max_uts_namespaces",
 ];
 
-/// Bytes of one TCP connection's buffers, least, first and most: what no control group may count is small.
+/// What no control group may count is small.
 pub(super) const NETWORK_LIMITS: [(&str, &str); 2] =
-    [("ipv4/tcp_rmem", "4096 65536 262144"), ("ipv4/tcp_wmem", "4096 65536 262144")];
+    [("ipv4/tcp_rmem", TCP_BUFFERS), ("ipv4/tcp_wmem", TCP_BUFFERS)];
 
 /// The host's directories that make the root file system, read-only. Nothing of /home, /var, /root, /srv.
 /// Nor of /opt, where services keep what is theirs.
@@ -106,32 +108,9 @@ pub(super) const READ_ONLY_PROC: [&str; 5] = ["bus", "fs", "irq", "sys", "sysrq-
 /// Flags of the file systems that a sandbox may write to.
 pub(super) const WRITABLE: MountFlags = MountFlags::NOSUID.union(MountFlags::NODEV);
 
-/// The environment of a sandbox, whole: nothing of the server's.
-///
-/// Of glibc's arenas each reserves 64 MiB of address space, which RLIMIT_AS counts where it stands in for a control
-/// group: with glibc's own choice 14 threads fill 512 MiB.
-/// The last two are for the interpreter's own start, and the supervisor takes them away: addresses bound and
-/// memory asked for once, before the first fork, are pages that no run has to copy.
-pub(super) const ENVIRONMENT: [(&str, &str); 11] = [
-    ("HOME", "/workspace"),
-    ("HOSTNAME", HOSTNAME),
-    ("LANG", "C.UTF-8"),
-    ("LOGNAME", "sandbox"),
-    ("PATH", "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"),
-    ("TMPDIR", "/tmp"),
-    ("USER", "sandbox"),
-    ("MPLCONFIGDIR", "/tmp"),
-    ("MALLOC_ARENA_MAX", "2"),
-    ("LD_BIND_NOW", "1"),
-    ("MALLOC_TOP_PAD_", "1048576"),
-];
-
-/// Thread pools of numeric libraries follow the CPU quota, not the host's cores.
-pub(super) const THREAD_COUNTS: [&str; 4] =
-    ["OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMEXPR_NUM_THREADS"];
-
-/// What a sandbox calls itself.
-pub(super) const HOSTNAME: &str = "sandbox";
+/// What `guest::environment` leaves open: there is no image to say it.
+pub(super) const ENVIRONMENT: [(&str, &str); 2] =
+    [("HOSTNAME", HOSTNAME), ("PATH", "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin")];
 
 /// Resource limits that are the same for every sandbox; `processes` and `open_files` come from the spec.
 /// Message queues and locked memory are outside every memory limit of ours, so they are small.

@@ -17,14 +17,14 @@ use tokio::sync::{oneshot, watch};
 use super::layers::{FIRST_ROOT_ID, ROOT_IDS};
 use super::wire::{self, Failure, Ids, Preparation, Program, Reply, Request};
 use super::{LAUNCHER_ARGUMENT, lock, remedy};
-use crate::runtime::{Error, Result, SandboxSpec};
+use crate::runtime::{Error, Fate, Result, SandboxSpec};
 
 /// The end of a sandbox, to be asked or awaited.
 #[derive(Debug, Clone)]
 pub(super) struct Exit(watch::Receiver<Option<i32>>);
 
 /// The exit code of a sandbox whose launcher is gone: the kernel has killed it.
-const GONE_WITH_LAUNCHER: i32 = 137;
+const GONE_WITH_LAUNCHER: i32 = Fate::KILLED;
 
 impl Exit {
     /// The exit code of its PID 1, 128 + the signal where one ended it; `None` while it lives.

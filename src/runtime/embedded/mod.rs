@@ -42,8 +42,6 @@ use wire::{Preparation, Program};
 
 /// The hidden argument by which the server starts its launcher.
 const LAUNCHER_ARGUMENT: &str = "__codesandbox_launcher";
-/// Our own profile, the same for every driver.
-const SECCOMP_PROFILE: &str = include_str!("../../../config/seccomp.json");
 /// What the compiler sandbox runs: the supervisor as Python's own cached form, without a file to compare with.
 const COMPILER: &str = "import sys, marshal, _frozen_importlib_external as external\n\
     code = compile(sys.stdin.read(), '<supervisor>', 'exec', optimize=2)\n\
@@ -368,7 +366,7 @@ impl Runtime for Embedded {
         Ok(match live.exit.code() {
             None if live.has_ended() => Fate::Gone,
             None => Fate::Running { out_of_memory_kills: Some(out_of_memory_kills) },
-            Some(137) if out_of_memory_kills > 0 => Fate::OutOfMemory,
+            Some(Fate::KILLED) if out_of_memory_kills > 0 => Fate::OutOfMemory,
             Some(code) => Fate::Exited { code, stderr: live.last_words() },
         })
     }

@@ -21,6 +21,7 @@ use super::seccomp;
 use super::template::{SANDBOX, TEMPLATE, pivot};
 use super::wire::{Failure, Program, step};
 use crate::runtime::SandboxSpec;
+use crate::runtime::guest::{self, HOSTNAME};
 
 /// What the launcher hands to a new sandbox.
 pub(super) struct Entry<'a> {
@@ -228,10 +229,9 @@ fn command(program: Program, python: &Path, spec: &SandboxSpec) -> (Vec<CString>
         Program::Compiler => &["-c", super::COMPILER],
     };
     let arguments = [&*python, "-I", "-S"].into_iter().chain(what.iter().copied()).map(text).collect();
-    let threads = (spec.cpus.ceil() as u64).max(1);
-    let fixed = ENVIRONMENT.iter().map(|(name, value)| text(&format!("{name}={value}")));
-    let counts = THREAD_COUNTS.iter().map(|name| text(&format!("{name}={threads}")));
-    (arguments, fixed.chain(counts).collect())
+    let own = ENVIRONMENT.into_iter().map(|(name, value)| (name, value.to_owned()));
+    let environment = own.chain(guest::environment(spec));
+    (arguments, environment.map(|(name, value)| text(&format!("{name}={value}"))).collect())
 }
 
 fn execute(arguments: &[CString], environment: &[CString]) -> io::Error {
