@@ -8,14 +8,15 @@ mod serve;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand};
 
-use crate::config::{Config, Driver, Layers, LogFormat};
+use crate::config::{Config, Driver, Layers, LogFormat, SessionsAtShutdown};
 use crate::runtime::{Limit, SandboxSpec};
 use crate::server::auth::Key;
 use crate::supervisor::Caps;
-use crate::{pool, session};
+use crate::{pool, reconciler, session};
 
 /// Runs untrusted Python, safely and fast, behind HTTP.
 ///
@@ -198,8 +199,22 @@ fn pool_settings(config: &Config, caps: Caps) -> pool::Settings {
         starting_max: config.pool.starting_max,
         capacity: config.session.max + config.pool.size,
         create_timeout: config.limits.create_timeout,
+        wait_timeout: config.pool.wait_timeout,
+        recycle_after: config.pool.recycle_after,
+        idle_after: Some(config.pool.idle_after).filter(|time| !time.is_zero()),
+        seed: u64::from(std::process::id()),
         spec: spec(config),
         caps,
+    }
+}
+
+/// What a creation may take beyond its time until the pool knows of it.
+const CREATE_MARGIN: Duration = Duration::from_secs(5);
+
+fn reconciler_settings(config: &Config) -> reconciler::Settings {
+    reconciler::Settings {
+        period: config.pool.reconcile_period,
+        grace: config.limits.create_timeout + CREATE_MARGIN,
     }
 }
 
@@ -209,6 +224,7 @@ fn session_settings(config: &Config) -> session::Settings {
         lifetime_max: config.session.lifetime_max,
         max: config.session.max,
         queue: config.session.queue,
+        keep: config.shutdown.sessions == SessionsAtShutdown::Keep,
     }
 }
 

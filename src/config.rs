@@ -47,6 +47,7 @@ pub struct Config {
     pub auth: Auth,
     pub pool: Pool,
     pub server: Server,
+    pub shutdown: Shutdown,
     pub embedded: Embedded,
     pub docker: Docker,
     pub podman: Podman,
@@ -150,6 +151,14 @@ pub enum AuthMode {
 pub struct Pool {
     pub size: usize,
     pub starting_max: usize,
+    #[serde(with = "humantime_serde")]
+    pub wait_timeout: Duration,
+    #[serde(with = "humantime_serde")]
+    pub recycle_after: Duration,
+    #[serde(with = "humantime_serde")]
+    pub idle_after: Duration,
+    #[serde(with = "humantime_serde")]
+    pub reconcile_period: Duration,
 }
 
 #[derive(Debug, Clone, Deserialize)]
@@ -164,8 +173,25 @@ pub struct Server {
     pub body_timeout: Duration,
     #[serde(with = "humantime_serde")]
     pub write_timeout: Duration,
+}
+
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+#[expect(missing_docs, reason = "each key is documented where its default stands")]
+pub struct Shutdown {
     #[serde(with = "humantime_serde")]
-    pub shutdown_timeout: Duration,
+    pub timeout: Duration,
+    pub sessions: SessionsAtShutdown,
+}
+
+/// What becomes of the sandboxes of sessions at the end of the server.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum SessionsAtShutdown {
+    /// They go with it.
+    Remove,
+    /// They wait for the next one, their files with them.
+    Keep,
 }
 
 #[derive(Debug, Clone, Deserialize)]
@@ -311,7 +337,7 @@ impl Layers {
     }
 
     fn check(&self, config: &Config) -> Result<(), Error> {
-        let Config { limits, session, auth, pool, server, instance, .. } = config;
+        let Config { limits, session, auth, pool, server, shutdown, instance, .. } = config;
         let need = |holds: bool, key: &str, right: &str| match holds {
             true => Ok(()),
             false => Err(Error(format!("configuration key {key} ({}): {right}", self.place(key)))),
@@ -326,7 +352,10 @@ impl Layers {
             ("server.header_timeout", server.header_timeout),
             ("server.body_timeout", server.body_timeout),
             ("server.write_timeout", server.write_timeout),
-            ("server.shutdown_timeout", server.shutdown_timeout),
+            ("shutdown.timeout", shutdown.timeout),
+            ("pool.wait_timeout", pool.wait_timeout),
+            ("pool.recycle_after", pool.recycle_after),
+            ("pool.reconcile_period", pool.reconcile_period),
         ] {
             need(!time.is_zero() && time < LONGEST, key, "must be more than 0s and less than 100 years")?;
         }
@@ -412,6 +441,12 @@ impl Layers {
         need((1..=100_000).contains(&limits.listing), "limits.listing", "must be from 1 to 100000")?;
         need(limits.code <= limits.body, "limits.code", "must not be more than limits.body")?;
         need(pool.size <= session.max, "pool.size", "must not be more than session.max")?;
+        need(pool.idle_after < LONGEST, "pool.idle_after", "must be less than 100 years")?;
+        need(
+            shutdown.sessions == SessionsAtShutdown::Remove || config.driver != Driver::Embedded,
+            "shutdown.sessions",
+            "cannot be \"keep\" with the embedded driver, whose sandboxes end with the server",
+        )?;
         need(session.queue <= 100_000, "session.queue", "must be at most 100000")?;
         let keys = auth.mode == AuthMode::Keys;
         need(

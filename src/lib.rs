@@ -5,7 +5,7 @@
 //! ```text
 //! 7  main, cli, config        the only readers of arguments, files and environment
 //! 6  server                   HTTP in, JSON out; knows no engine
-//! 5  session, reaper          who holds which sandbox, until when
+//! 5  session, reaper, reconciler    who holds which sandbox, until when
 //! 4  pool, probe              how many exist, which are warm; what this host gives
 //! 3  supervisor               the conversation with one sandbox; deadlines and caps
 //! 2  runtime::{docker, podman, embedded, fake}    the engines; they know floor 1 only, never each other
@@ -22,6 +22,7 @@ pub mod metrics;
 pub mod pool;
 pub mod probe;
 pub mod reaper;
+pub mod reconciler;
 pub mod runtime;
 pub mod server;
 pub mod session;

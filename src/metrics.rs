@@ -33,8 +33,12 @@ pub struct Metrics {
     pub connections: IntGauge,
     /// Sandboxes by state: `warm`, `starting`, `claimed`, `removing`.
     pub sandboxes: IntGaugeVec,
-    /// Claims by how they were served: `hit`, `miss`.
+    /// Sandboxes that may exist.
+    pub capacity: IntGauge,
+    /// Claims by how they were served: `hit`, `wait`, `miss`.
     pub claims: IntCounterVec,
+    /// Claims that wait for a sandbox.
+    pub claims_waiting: IntGauge,
     /// Seconds from asking the engine for a sandbox to its hello.
     pub create_seconds: Histogram,
     /// Calls to the engine that failed, by operation and reason: `unavailable`, `no_space`, `late`, `silent`, …
@@ -47,6 +51,8 @@ pub struct Metrics {
     pub lost: IntCounterVec,
     /// Sandboxes of an earlier server, by what became of them: `kept`, `removed`.
     pub recovered: IntCounterVec,
+    /// What differed between the engine's list and ours: `missing` there, `unknown` here.
+    pub reconciled: IntCounterVec,
     /// 1 while new runs are taken.
     pub ready: Gauge,
 }
@@ -78,11 +84,13 @@ impl Metrics {
             refused: make.counters("refused_total", "Requests refused, by the code of the error.", "code"),
             connections: make.gauge("http_connections", "HTTP connections that are open."),
             sandboxes: make.gauges("sandboxes", "Sandboxes by state.", "state"),
+            capacity: make.gauge("sandboxes_max", "Sandboxes that may exist."),
             claims: make.counters(
                 "claims_total",
-                "Claims of a sandbox: from the pool (hit) or made (miss).",
+                "Claims served: by a warm sandbox (hit), one under way (wait) or one yet to be begun (miss).",
                 "how",
             ),
+            claims_waiting: make.gauge("claims_waiting", "Claims that wait for a sandbox."),
             create_seconds: make
                 .histogram("create_seconds", "Seconds from create to the supervisor's hello."),
             engine_errors: make.add(IntCounterVec::new(
@@ -100,6 +108,11 @@ impl Metrics {
                 "sandboxes_recovered_total",
                 "Sandboxes of an earlier server, by what became of them: kept or removed.",
                 "outcome",
+            ),
+            reconciled: make.counters(
+                "reconciled_total",
+                "Sandboxes that the engine had lost (missing) or that nobody knew (unknown), and that were cleared up.",
+                "difference",
             ),
             ready: make.float("ready", "1 while new runs are taken."),
             registry: registry.clone(),

@@ -1,25 +1,26 @@
 //! Floor 4: how many sandboxes exist, and which of them are warm.
 //!
-//! A permit of the capacity travels with each sandbox and comes back after its removal, so that no
-//! moment has more sandboxes than `Settings::capacity`. A sandbox is never given to a second user.
+//! `capacity` counts what exists, `ledger` decides who gets what, `lease` sees to it that what was made is
+//! removed. A sandbox is never given to a second user.
 
-use std::collections::VecDeque;
-use std::sync::atomic::{AtomicBool, Ordering};
+mod capacity;
+mod lease;
+mod ledger;
+
+use std::collections::HashSet;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
-use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
-use tokio::task::JoinHandle;
+use tokio::sync::{Notify, oneshot};
 use tokio::time::Instant;
 
 use crate::metrics::{Counted, Metrics};
-use crate::runtime::{self, Fate, SandboxId, SandboxSpec, SessionKey, SharedRuntime};
+use crate::runtime::{self, Fate, Found, SandboxId, SandboxSpec, SessionKey, SharedRuntime};
 use crate::supervisor::{self, Caps, Supervisor};
-
-/// After a failed creation or removal; doubled up to the last with each more.
-const RETRY: (Duration, Duration) = (Duration::from_millis(200), Duration::from_secs(10));
-/// A driver's removal that takes longer is tried again.
-const REMOVE_TIMEOUT: Duration = Duration::from_secs(20);
+use capacity::{Capacity, Permit};
+pub use lease::{Claimed, Held, Kept};
+use lease::{Engine, Jitter, Made, Ready};
+use ledger::{Claim, Ledger, Plan};
 
 /// What the pool is to hold, and what its sandboxes are.
 #[derive(Debug, Clone)]
@@ -32,6 +33,14 @@ pub struct Settings {
     pub capacity: usize,
     /// From asking the engine to the supervisor's hello.
     pub create_timeout: Duration,
+    /// How long a claim waits for a sandbox.
+    pub wait_timeout: Duration,
+    /// A warm sandbox of that age is replaced.
+    pub recycle_after: Duration,
+    /// That long after the last claim no more are made ahead; `None`: always.
+    pub idle_after: Option<Duration>,
+    /// What the pauses after failures are varied by: another number for each server.
+    pub seed: u64,
     /// The limits of each.
     pub spec: SandboxSpec,
     /// The caps of their runs.
@@ -44,15 +53,27 @@ pub enum Error {
     /// The engine's part.
     #[error(transparent)]
     Runtime(#[from] runtime::Error),
-    /// The new sandbox's part.
-    #[error("a new sandbox did not come up: {0}")]
+    /// The sandbox's part.
+    #[error("a sandbox did not come up: {0}")]
     Supervisor(#[from] supervisor::Error),
     /// It took longer than `create_timeout`.
-    #[error("the engine did not make a sandbox within {0:?}")]
+    #[error("the engine did not answer within {0:?}")]
     Late(Duration),
-    /// As many sandboxes exist as may.
-    #[error("as many sandboxes exist as may")]
-    Full,
+    /// The last creations failed; the log has told why.
+    #[error("the engine makes no sandboxes")]
+    Failing {
+        /// Until the next one is tried.
+        retry_after: Duration,
+    },
+    /// So many wait for a sandbox that one more would wait for longer than `wait_timeout`.
+    #[error("too many wait for a sandbox")]
+    Crowded {
+        /// How long the wait is now, by the measured rate.
+        retry_after: Duration,
+    },
+    /// The pool makes no more.
+    #[error("the pool is closed")]
+    Closed,
 }
 
 impl Error {
@@ -61,13 +82,23 @@ impl Error {
         matches!(self, Error::Runtime(runtime::Error::Gone(_)) | Error::Supervisor(_))
     }
 
+    /// When trying again makes sense, where that is known.
+    pub fn retry_after(&self) -> Option<Duration> {
+        match self {
+            Error::Failing { retry_after } | Error::Crowded { retry_after } => Some(*retry_after),
+            Error::Runtime(_) | Error::Supervisor(_) | Error::Late(_) | Error::Closed => None,
+        }
+    }
+
     /// A word for it: a metric label.
     fn reason(&self) -> &'static str {
         match self {
             Error::Runtime(error) => error.reason(),
             Error::Supervisor(_) => "silent",
             Error::Late(_) => "late",
-            Error::Full => "full",
+            Error::Failing { .. } => "failing",
+            Error::Crowded { .. } => "crowded",
+            Error::Closed => "closed",
         }
     }
 }
@@ -78,277 +109,251 @@ pub struct Pool(Arc<Inner>);
 
 #[derive(Debug)]
 struct Inner {
-    runtime: SharedRuntime,
+    engine: Engine,
     settings: Settings,
-    metrics: Arc<Metrics>,
-    capacity: Arc<Semaphore>,
-    starting: Semaphore,
-    warm: Mutex<VecDeque<Ready>>,
-    wanted: Arc<Notify>,
-    failing: AtomicBool,
-}
-
-/// A sandbox that waits for its user.
-#[derive(Debug)]
-struct Ready {
-    held: Held,
-    _counted: Counted,
-}
-
-/// A sandbox with everything that goes with it. Dropping it has it removed.
-#[derive(Debug)]
-pub struct Held {
-    /// The engine's name for it.
-    pub id: SandboxId,
-    /// The conversation with it.
-    pub supervisor: Supervisor,
-    /// Last, so that the supervisor's stream is dropped before: an attached one can wedge an engine's removal.
-    disposal: Disposal,
-}
-
-/// Whoever drops it has the sandbox removed in the background: until it is gone, however often that takes.
-#[derive(Debug)]
-struct Disposal {
-    runtime: SharedRuntime,
-    id: SandboxId,
-    permit: Option<OwnedSemaphorePermit>,
-    metrics: Arc<Metrics>,
-}
-
-impl Drop for Disposal {
-    fn drop(&mut self) {
-        let Ok(tasks) = tokio::runtime::Handle::try_current() else {
-            return; // the program ends; its engine cleans up, or the next server does
-        };
-        tasks.spawn(remove(self.runtime.clone(), self.id.clone(), self.permit.take(), self.metrics.clone()));
-    }
-}
-
-/// A claimed sandbox that nobody is attached to: an earlier server's, or one whose stream broke. Dropping it has it
-/// removed.
-#[derive(Debug)]
-pub struct Kept {
-    since: Instant,
-    named: Option<Naming>,
-    disposal: Disposal,
-    counted: Counted,
-}
-
-/// The engine is being told whose a sandbox is.
-type Naming = JoinHandle<runtime::Result<()>>;
-
-impl Kept {
-    /// Taken up again, now that somebody talks to it.
-    pub fn attached(self, supervisor: Supervisor) -> Claimed {
-        let Kept { since, named, disposal, counted } = self;
-        let held = Held { id: disposal.id.clone(), supervisor, disposal };
-        Claimed { held, since, named, counted }
-    }
-}
-
-/// A sandbox that belongs to a session.
-#[derive(Debug)]
-pub struct Claimed {
-    /// The sandbox.
-    pub held: Held,
-    /// When the session got it.
-    pub since: Instant,
-    /// The engine is being told whose it is, beside the first run.
-    named: Option<Naming>,
-    counted: Counted,
-}
-
-impl Claimed {
-    /// Gives up the stream, and not the sandbox.
-    pub fn let_go(self) -> Kept {
-        let Claimed { held: Held { id: _, supervisor, disposal }, since, named, counted } = self;
-        drop(supervisor);
-        Kept { since, named, disposal, counted }
-    }
-
-    /// Waits until a later server would find whose it is.
-    ///
-    /// # Errors
-    /// Where the engine could not be told: nothing that is in it would outlive this server.
-    pub async fn is_named(&mut self) -> runtime::Result<()> {
-        let Some(naming) = &mut self.named else { return Ok(()) };
-        let named = naming.await; // a caller who goes away here leaves the question to the next one
-        self.named = None;
-        named.unwrap_or_else(|panic| {
-            Err(runtime::Error::Failed { what: "claim".into(), source: std::io::Error::other(panic) })
-        })
-    }
+    capacity: Arc<Capacity>,
+    ledger: Mutex<Ledger<Ready>>,
+    /// Told of everything that may call for a creation.
+    changed: Arc<Notify>,
 }
 
 impl Pool {
     /// A pool that begins to fill at once.
     pub fn new(runtime: SharedRuntime, settings: Settings, metrics: Arc<Metrics>) -> Pool {
+        let plan = Plan {
+            size: settings.size,
+            starting_max: settings.starting_max.max(1),
+            wait_timeout: settings.wait_timeout,
+            recycle_after: settings.recycle_after,
+            idle_after: settings.idle_after,
+        };
+        metrics.capacity.set(settings.capacity as i64);
         let pool = Pool(Arc::new(Inner {
-            runtime,
-            metrics,
-            capacity: Arc::new(Semaphore::new(settings.capacity)),
-            starting: Semaphore::new(settings.starting_max.max(1)),
+            engine: Engine { runtime, metrics, jitter: Arc::new(Jitter::new(settings.seed)) },
+            capacity: Capacity::new(settings.capacity),
             settings,
-            warm: Mutex::default(),
-            wanted: Arc::new(Notify::new()),
-            failing: AtomicBool::new(false),
+            ledger: Mutex::new(Ledger::new(plan, Instant::now())),
+            changed: Arc::new(Notify::new()),
         }));
-        if pool.0.settings.size > 0 {
-            tokio::spawn(fill(Arc::downgrade(&pool.0), pool.0.wanted.clone())); // ends with the pool
-        }
+        tokio::spawn(keep(Arc::downgrade(&pool.0), pool.0.capacity.clone(), pool.0.changed.clone())); // ends with it
         pool
     }
 
     /// The engine below.
     pub fn runtime(&self) -> &SharedRuntime {
-        &self.0.runtime
+        &self.0.engine.runtime
     }
 
-    /// Whether none is warm and the last creation failed.
+    /// Whether none is warm and the last creations failed.
     pub fn is_failing(&self) -> bool {
-        self.0.failing.load(Ordering::SeqCst) && self.warm() == 0
+        let ledger = self.0.ledger();
+        ledger.is_failing() && ledger.warm() == 0
     }
 
     /// Sandboxes that wait for a user.
     pub fn warm(&self) -> usize {
-        self.0.warm().len()
+        self.0.ledger().warm()
     }
 
-    /// A sandbox for a session: a warm one, else a new one.
+    /// A sandbox for a session: a warm one, else the next that gets ready. First come, first served.
+    ///
+    /// May be dropped at any await: what was begun for this claim then serves another one.
     pub async fn claim(&self, owner: &SessionKey) -> Result<Claimed, Error> {
-        let (held, how) = match self.take_warm().await {
-            Some(held) => (held, "hit"),
-            None => (self.make().await?, "miss"),
-        };
-        self.0.metrics.claims.with_label_values(&[how]).inc();
-        let (pool, id, owner) = (self.0.clone(), held.id.clone(), owner.clone());
-        let naming = async move {
-            let named = pool.runtime.claim(&id, &owner).await;
-            named.inspect_err(|error| pool.failed("claim", error.reason()))
-        };
-        let named = Some(tokio::spawn(naming));
-        Ok(Claimed { held, since: Instant::now(), named, counted: self.0.counted("claimed") })
+        let (held, how) = self.next().await?;
+        self.0.engine.metrics.claims.with_label_values(&[how]).inc();
+        Ok(Claimed::new(held, owner))
     }
 
-    /// Takes over a sandbox of an earlier server, claimed at `since`; `None`, and it is removed, where as many
-    /// exist as may.
-    pub fn keep(&self, id: SandboxId, since: Instant) -> Option<Kept> {
-        let permit = self.0.capacity.clone().try_acquire_owned().ok();
-        let full = permit.is_none();
-        let disposal = self.0.disposal(id, permit);
-        (!full).then(|| Kept { since, named: None, disposal, counted: self.0.counted("claimed") })
+    async fn next(&self) -> Result<(Held, &'static str), Error> {
+        loop {
+            let claim = self.0.ledger().claim(Instant::now());
+            self.0.changed.notify_one();
+            match claim {
+                Claim::Hit(mut ready) => match ready.held.supervisor.is_alive() {
+                    true => return Ok((ready.held, "hit")),
+                    false => tracing::warn!(sandbox = %ready.held.id, "a warm sandbox had died"),
+                },
+                Claim::Wait { told, how } => {
+                    let _counted = Counted::new(self.0.engine.metrics.claims_waiting.clone());
+                    let mut place = Place { pool: self, told };
+                    let limit = self.0.settings.wait_timeout;
+                    let told = tokio::time::timeout(limit, &mut place.told).await;
+                    let crowded = |_| Error::Crowded { retry_after: self.0.ledger().expected_wait() };
+                    let ready = told.map_err(crowded)?.map_err(|_| Error::Closed)??;
+                    return Ok((ready.held, how));
+                }
+                Claim::Refused(error) => return Err(error),
+            }
+        }
     }
 
-    /// Removes a sandbox of an earlier server: one that nobody claimed is given to nobody, since a crash may
-    /// have come between its use and the claim.
+    /// Takes over a sandbox of an earlier server, claimed at `since`.
+    pub fn keep(&self, id: SandboxId, since: Instant) -> Kept {
+        let permit = self.0.capacity.permit_for(id.clone());
+        Kept::new(self.0.engine.clone(), id, permit, since)
+    }
+
+    /// Removes a sandbox that is nobody's: one that an earlier server had not claimed is given to nobody, since a
+    /// crash may have come between its use and the claim.
     pub fn discard(&self, id: SandboxId) {
-        drop(self.0.disposal(id, self.0.capacity.clone().try_acquire_owned().ok()));
+        let permit = self.0.capacity.permit_for(id.clone());
+        drop(Made::new(self.0.engine.clone(), id, permit));
     }
 
     /// Talks to a kept sandbox again. May be dropped at any await, and tried again.
     pub async fn attach(&self, kept: &Kept) -> Result<Supervisor, Error> {
+        match self.attach_once(kept).await {
+            // The engine may have lost the stream, as it did before: twice in a row it is the sandbox.
+            Err(Error::Supervisor(supervisor::Error::Ended)) => self.attach_once(kept).await,
+            attached => attached,
+        }
+    }
+
+    async fn attach_once(&self, kept: &Kept) -> Result<Supervisor, Error> {
         let limit = self.0.settings.create_timeout;
-        let deadline = Instant::now() + limit;
-        let attached = tokio::time::timeout_at(deadline, self.0.runtime.attach(&kept.disposal.id)).await;
+        let attached = tokio::time::timeout(limit, self.runtime().attach(kept.id())).await;
         let attached = attached.map_err(|_| Error::Late(limit)).and_then(|attached| Ok(attached?));
-        let sandbox = attached.inspect_err(|error| self.0.failed("attach", error.reason()))?;
+        let sandbox = attached.inspect_err(|error| self.0.engine.failed("attach", error.reason()))?;
+        let deadline = Instant::now() + limit; // of its own: a slow engine is no sign of a dead sandbox
         let (supervisor, _) = Supervisor::attach(sandbox.stream, &self.0.settings.caps, deadline).await?;
         Ok(supervisor)
     }
 
-    /// Removes all that waits and makes no more; what is claimed is its session's to give back.
-    pub async fn close(&self) {
-        self.0.starting.close();
-        let warm: Vec<_> = self.0.warm().drain(..).collect();
+    /// The sandboxes that the engine has.
+    pub async fn list(&self) -> runtime::Result<Vec<Found>> {
+        self.runtime().list().await.inspect_err(|error| self.0.engine.failed("list", error.reason()))
+    }
+
+    /// The sandboxes that this server is to remove one day, whatever their state.
+    pub fn known(&self) -> HashSet<SandboxId> {
+        self.0.capacity.ids()
+    }
+
+    /// Whether this server is to remove it one day.
+    pub fn knows(&self, id: &SandboxId) -> bool {
+        self.0.capacity.knows(id)
+    }
+
+    /// Gives up the warm ones that are dead, or of which the engine says so.
+    pub async fn check(&self) {
+        let ids = self.0.ledger().look(|ready| ready.held.id.clone());
+        let mut dead = HashSet::new();
+        for id in ids {
+            // An engine that does not answer proves nothing.
+            if !matches!(self.runtime().fate(&id).await, Ok(Fate::Running { .. }) | Err(_)) {
+                dead.insert(id);
+            }
+        }
+        let useless =
+            self.0.ledger().sift(|ready| dead.contains(&ready.held.id) || !ready.held.supervisor.is_alive());
+        for ready in &useless {
+            tracing::warn!(sandbox = %ready.held.id, "a warm sandbox has died");
+        }
+        self.0.changed.notify_one();
+    }
+
+    /// Removes all that waits and makes no more, then waits until no more than `left` sandboxes are there: what is
+    /// claimed is its session's to give back.
+    pub async fn close(&self, left: usize) {
+        let warm = self.0.ledger().close();
         drop(warm);
-        let all = u32::try_from(self.0.settings.capacity).unwrap_or(u32::MAX);
-        let _ = self.0.capacity.acquire_many(all).await; // every permit is back: every sandbox is gone
+        self.0.capacity.returned(left).await;
     }
+}
 
-    async fn take_warm(&self) -> Option<Held> {
-        loop {
-            let Ready { held, _counted } = self.0.warm().pop_front()?;
-            self.0.wanted.notify_one();
-            // It may have died while it waited.
-            if matches!(self.0.runtime.fate(&held.id).await, Ok(Fate::Running { .. })) {
-                return Some(held);
-            }
+/// A place among those who wait for a sandbox. Who leaves it while a sandbox comes gives that to the next.
+struct Place<'a> {
+    pool: &'a Pool,
+    told: oneshot::Receiver<Result<Ready, Error>>,
+}
+
+impl Drop for Place<'_> {
+    fn drop(&mut self) {
+        self.told.close();
+        if let Ok(Ok(ready)) = self.told.try_recv() {
+            self.pool.0.place(ready);
         }
-    }
-
-    /// In a task of its own: a client that goes away leaves a sandbox that the next one gets.
-    async fn make(&self) -> Result<Held, Error> {
-        let pool = self.clone();
-        let (send, receive) = tokio::sync::oneshot::channel();
-        tokio::spawn(async move {
-            if let Err(Ok(unwanted)) = send.send(pool.0.make().await) {
-                pool.keep_or_discard(unwanted);
-            }
-        });
-        receive.await.unwrap_or(Err(Error::Full))
-    }
-
-    fn keep_or_discard(&self, held: Held) {
-        if self.warm() < self.0.settings.size {
-            self.0.keep(held);
-        }
+        self.pool.0.changed.notify_one();
     }
 }
 
 impl Inner {
-    fn warm(&self) -> MutexGuard<'_, VecDeque<Ready>> {
-        self.warm.lock().unwrap_or_else(PoisonError::into_inner)
+    fn ledger(&self) -> MutexGuard<'_, Ledger<Ready>> {
+        self.ledger.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn counted(&self, state: &str) -> Counted {
-        Counted::new(self.metrics.sandboxes.with_label_values(&[state]))
+    fn place(&self, ready: Ready) {
+        let surplus = self.ledger().place(ready, Instant::now());
+        drop(surplus); // outside of the lock
     }
 
-    fn failed(&self, operation: &str, reason: &str) {
-        self.metrics.engine_errors.with_label_values(&[operation, reason]).inc();
-    }
-
-    fn disposal(&self, id: SandboxId, permit: Option<OwnedSemaphorePermit>) -> Disposal {
-        Disposal { runtime: self.runtime.clone(), id, permit, metrics: self.metrics.clone() }
-    }
-
-    fn keep(&self, held: Held) {
-        let ready = Ready { held, _counted: self.counted("warm") };
-        let mut warm = self.warm();
-        // Looked at under the lock that `close` empties under: nothing is kept behind its back.
-        if !self.starting.is_closed() {
-            warm.push_back(ready);
+    /// Begins what is to be begun; gives the moment of the next look.
+    fn tend(self: &Arc<Inner>) -> Instant {
+        let now = Instant::now();
+        let outdated = self.ledger().outdated(now);
+        drop(outdated);
+        while let Some(permit) = self.permit_to_begin(now) {
+            tokio::spawn(self.clone().make(permit)); // it ends by its deadline, whoever wanted it
         }
+        self.ledger().next_look(now)
     }
 
-    async fn make(&self) -> Result<Held, Error> {
-        // What is being removed gives its place back soon.
-        let permit = self.capacity.clone().acquire_owned();
-        let permit = tokio::time::timeout(self.settings.create_timeout, permit).await;
-        let permit = permit.map_err(|_| Error::Full)?.map_err(|_| Error::Full)?;
-        let _turn = self.starting.acquire().await.map_err(|_| Error::Full)?;
-        let made = self.start(permit).await;
-        self.failing.store(made.is_err(), Ordering::SeqCst);
-        made
+    fn permit_to_begin(&self, now: Instant) -> Option<Permit> {
+        let mut ledger = self.ledger();
+        let permit = if ledger.wanted(now) > 0 { self.capacity.permit() } else { None };
+        if permit.is_some() {
+            ledger.begun();
+        }
+        permit
     }
 
-    async fn start(&self, permit: OwnedSemaphorePermit) -> Result<Held, Error> {
-        let _counted = self.counted("starting");
+    async fn make(self: Arc<Inner>, permit: Permit) {
         let begun = Instant::now();
-        let limit = self.settings.create_timeout;
-        let made = tokio::time::timeout(limit, self.runtime.create(&self.settings.spec)).await;
-        let made = made.map_err(|_| Error::Late(limit)).and_then(|made| Ok(made?));
-        let sandbox = made.inspect_err(|error| self.failed("create", error.reason()))?;
-        let disposal = self.disposal(sandbox.id.clone(), Some(permit));
-        match Supervisor::attach(sandbox.stream, &self.settings.caps, begun + limit).await {
-            Ok((supervisor, _)) => {
-                self.metrics.create_seconds.observe(begun.elapsed().as_secs_f64());
-                Ok(Held { id: sandbox.id, supervisor, disposal })
+        let made = self.start(permit, begun + self.settings.create_timeout).await;
+        let now = Instant::now();
+        match made {
+            Ok(held) => {
+                self.engine.metrics.create_seconds.observe((now - begun).as_secs_f64());
+                let surplus = self.ledger().made(Ready::new(held), now - begun, now);
+                drop(surplus);
             }
             Err(error) => {
-                self.failed("attach", "silent");
-                let fate = self.runtime.fate(&sandbox.id).await;
-                tracing::warn!(sandbox = %sandbox.id, %error, ?fate, "a new sandbox did not come up");
+                self.engine.failed("create", error.reason());
+                tracing::warn!(%error, "cannot make a sandbox");
+                self.ledger().failed(now, self.engine.jitter.next());
+            }
+        }
+        self.changed.notify_one();
+    }
+
+    async fn start(&self, permit: Permit, deadline: Instant) -> Result<Held, Error> {
+        let counted = self.engine.counted("starting");
+        let Settings { create_timeout, spec, caps, .. } = &self.settings;
+        let runtime = &self.engine.runtime;
+        let (engine, making) = (runtime.clone(), spec.clone());
+        let mut creation = tokio::spawn(async move { engine.create(&making).await });
+        let Ok(made) = tokio::time::timeout_at(deadline, &mut creation).await else {
+            // Nobody waits for it any longer, and it keeps its permit until the driver has come to an end with it.
+            let engine = self.engine.clone();
+            tokio::spawn(async move {
+                if let Ok(Ok(late)) = creation.await {
+                    drop(late.stream);
+                    drop(Made::new(engine, late.id, permit));
+                }
+                drop(counted);
+            });
+            return Err(Error::Late(*create_timeout));
+        };
+        let sandbox = made.map_err(|panic| runtime::Error::Failed {
+            what: "create a sandbox".into(),
+            source: std::io::Error::other(panic),
+        })??;
+        let made = Made::new(self.engine.clone(), sandbox.id.clone(), permit);
+        match Supervisor::attach(sandbox.stream, caps, deadline).await {
+            Ok((supervisor, _)) => Ok(made.greeted(supervisor)),
+            Err(error) => {
+                let fate = runtime.fate(&sandbox.id).await;
+                tracing::warn!(sandbox = %sandbox.id, ?fate, "a new sandbox did not come up");
                 Err(error.into())
             }
         }
@@ -356,52 +361,18 @@ impl Inner {
 }
 
 /// Keeps the pool full for as long as there is one.
-async fn fill(pool: Weak<Inner>, wanted: Arc<Notify>) {
-    let mut pause = RETRY.0;
+async fn keep(pool: Weak<Inner>, capacity: Arc<Capacity>, changed: Arc<Notify>) {
     loop {
+        let mut freed = std::pin::pin!(capacity.freed());
+        freed.as_mut().enable(); // before the look: a permit that comes back meanwhile is heard
         let Some(inner) = pool.upgrade() else { return };
-        if inner.starting.is_closed() {
-            return;
-        }
-        if inner.warm().len() >= inner.settings.size {
-            drop(inner);
-            // Woken by each claim; now and then also looks whether the pool still exists.
-            let _ = tokio::time::timeout(RETRY.1, wanted.notified()).await;
-            continue;
-        }
-        match inner.make().await {
-            Ok(held) => {
-                pause = RETRY.0;
-                inner.keep(held);
-            }
-            Err(error) => {
-                tracing::warn!(%error, retry_in = ?pause, "cannot make a sandbox for the pool");
-                drop(inner);
-                tokio::time::sleep(pause).await;
-                pause = (pause * 2).min(RETRY.1);
-            }
+        let next = inner.tend();
+        drop(inner);
+        tokio::select! {
+            biased;
+            () = changed.notified() => {}
+            () = freed => {}
+            () = tokio::time::sleep_until(next) => {}
         }
     }
-}
-
-async fn remove(
-    runtime: SharedRuntime,
-    id: SandboxId,
-    permit: Option<OwnedSemaphorePermit>,
-    metrics: Arc<Metrics>,
-) {
-    let _counted = Counted::new(metrics.sandboxes.with_label_values(&["removing"]));
-    let mut pause = RETRY.0;
-    loop {
-        let (reason, why) = match tokio::time::timeout(REMOVE_TIMEOUT, runtime.remove(&id)).await {
-            Ok(Ok(())) => break,
-            Ok(Err(error)) => (error.reason(), error.to_string()),
-            Err(_) => ("late", format!("no answer within {REMOVE_TIMEOUT:?}")),
-        };
-        metrics.engine_errors.with_label_values(&["remove", reason]).inc();
-        tracing::warn!(sandbox = %id, error = why, retry_in = ?pause, "cannot remove a sandbox");
-        tokio::time::sleep(pause).await;
-        pause = (pause * 2).min(RETRY.1);
-    }
-    drop(permit);
 }

@@ -9,6 +9,7 @@ pub async fn reap(sessions: Sessions) {
     loop {
         let next = sessions.expire();
         tokio::select! {
+            biased;
             () = sleep_until(next) => {}
             // An expiry may now be nearer than the one expected; idle times are all the same, so only then.
             () = sessions.begun() => {}

@@ -4,7 +4,7 @@
 //! up for it, first come first served. A seat is held across awaits only inside a `Turn`, whose drop
 //! brings the sandbox back to rest when the client went away in the middle.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime};
@@ -23,6 +23,10 @@ use crate::supervisor::{self, ErrorDetail, ErrorKind, Field, Outcome, Report, Ru
 
 /// The reaper looks at least that often, whatever it expects.
 const LONGEST_SLEEP: Duration = Duration::from_secs(60);
+/// A run whose code has not begun is handed over again, that often in all.
+const ATTEMPTS: usize = 3;
+/// Of the mean time of a session's runs, the part that the last one has.
+const WEIGHT: f64 = 0.2;
 /// From the end of a stream to the end of its sandbox: milliseconds, or it goes on.
 const FATE_WAIT: Duration = Duration::from_secs(1);
 /// Bytes of a session key: 128 bits leave no two users with the same.
@@ -39,6 +43,8 @@ pub struct Settings {
     pub max: usize,
     /// Runs of one session that wait while another runs.
     pub queue: usize,
+    /// Leave the sandboxes of sessions to a later server, at the end of this one.
+    pub keep: bool,
 }
 
 /// Whose session it is.
@@ -55,7 +61,10 @@ pub struct Owner<'a> {
 pub enum Error {
     /// As many runs of this session wait as may.
     #[error("too many runs of this user_id are waiting")]
-    Busy,
+    Busy {
+        /// Until they have run, by the time that the last ones took.
+        retry_after: Duration,
+    },
     /// As many sessions exist as may.
     #[error("all sessions are in use")]
     TooMany {
@@ -149,6 +158,8 @@ type Seen = (SandboxId, SystemTime, Instant);
 struct Glance {
     sandbox: Option<Seen>,
     last_end: Instant,
+    /// Of a run, in the session's own turn.
+    mean: Option<Duration>,
     deleted: bool,
 }
 
@@ -187,37 +198,28 @@ impl Sessions {
     pub async fn run(&self, owner: Owner<'_>, run: &Run<'_>) -> Result<Done, Error> {
         let key = self.key(owner);
         let begun = Instant::now();
-        let mut turn = loop {
+        let (mut turn, seated, claimed, answer) = loop {
             let mut turn = self.enter(&key)?.take_seat().await;
+            let seated = Instant::now();
             turn.retire_if_outlived();
-            if !turn.seat().closed {
-                break turn;
+            if let Some((claimed, answer)) = turn.execute(run).await? {
+                break (turn, seated, claimed, answer);
             }
         };
-        let seated = Instant::now();
-        turn.have_sandbox("not_recovered").await?;
-        let mut claimed = Instant::now();
-        let mut answer = turn.supervisor().run(run).await;
-        if matches!(answer, Err(supervisor::Error::NotBegun)) {
-            // Nothing of it was executed, so it may be: in the same sandbox where that lives, else in a new one.
-            turn.let_go();
-            turn.have_sandbox("idle").await?;
-            claimed = Instant::now();
-            answer = turn.supervisor().run(run).await;
-        }
         let timing = Timing { queue: seated - begun, claim: claimed - seated, run: claimed.elapsed() };
         let mut done = match answer {
             Ok(report) => turn.conclude(report, timing).await,
             Err(error) => turn.lose(error, timing).await,
         };
         turn.is_named().await?;
+        turn.place().session.took(timing.run);
         done.lost |= std::mem::take(&mut turn.seat().lost);
         self.count(&done);
         Ok(done)
     }
 
-    /// Takes up what an earlier server left behind: claimed sandboxes with their files, each for the session that
-    /// it belonged to. Removes the rest.
+    /// Takes up sandboxes of an earlier server: claimed ones with their files, each for the session that it belonged
+    /// to. Removes the rest.
     pub fn recover(&self, found: Vec<Found>) {
         let mut claims = Vec::new();
         for Found { id, claim } in found {
@@ -231,13 +233,11 @@ impl Sessions {
         for (Claim { owner, at }, id) in claims {
             let now = Instant::now();
             let since = now.checked_sub(at.elapsed().unwrap_or_default()).unwrap_or(now);
-            let known = self.0.table().contains_key(&owner);
-            let full = self.0.table().len() >= self.0.settings.max;
-            let kept = if known || full { None } else { self.0.pool.keep(id.clone(), since) };
-            let Some(kept) = kept else {
+            if self.0.table().contains_key(&owner) {
                 self.forsake(id);
                 continue;
-            };
+            }
+            let kept = self.0.pool.keep(id.clone(), since); // even where they are more than may be: it has files
             let session = Session::new(owner.clone());
             session.glance().sandbox = Some((id, at, since));
             session.seat.try_lock().expect("nobody else knows of it yet").kept = Some(kept);
@@ -246,6 +246,29 @@ impl Sessions {
         }
         self.0.metrics.sessions.set(self.0.table().len() as i64);
         self.0.begun.notify_one();
+    }
+
+    /// The engine has these no more: tells their sessions, at the next run of each.
+    pub(crate) fn missing(&self, gone: &HashSet<SandboxId>) {
+        for session in self.0.all() {
+            let Ok(mut seat) = session.seat.clone().try_lock_owned() else { continue }; // its run will see
+            let mut glance = session.glance();
+            if glance.sandbox.take_if(|(id, ..)| gone.contains(id)).is_none() {
+                continue;
+            }
+            drop(glance);
+            tracing::warn!(session = %session.key, "its sandbox is gone");
+            seat.empty();
+            seat.lost = true;
+            self.0.metrics.lost.with_label_values(&[Loss::Gone.label()]).inc();
+            self.0.metrics.reconciled.with_label_values(&["missing"]).inc();
+        }
+    }
+
+    /// The engine has these, and nobody knew of them.
+    pub(crate) fn unknown(&self, found: Vec<Found>) {
+        self.0.metrics.reconciled.with_label_values(&["unknown"]).inc_by(found.len() as u64);
+        self.recover(found);
     }
 
     fn forsake(&self, id: SandboxId) {
@@ -283,21 +306,36 @@ impl Sessions {
         Ok(())
     }
 
-    /// Takes no more runs, lets those that go on end until the deadline, removes every sandbox.
+    /// Takes no more runs and lets those that go on end until the deadline. Then removes every sandbox, or leaves
+    /// those of sessions to a later server.
     pub async fn drain(&self, deadline: Instant) {
         self.0.draining.store(true, Ordering::SeqCst);
         self.0.metrics.ready.set(0.0);
-        let sessions: Vec<_> = self.0.table().drain().map(|(_, session)| session).collect();
+        let sessions = self.0.all();
+        self.0.table().clear();
+        let mut left = 0;
         for session in sessions {
             self.0.ended("shutdown");
-            if let Ok(seat) = tokio::time::timeout_at(deadline, session.seat.clone().lock_owned()).await {
-                self.0.close(seat);
-            } else if let Some(id) = session.cut() {
-                let runtime = self.0.pool.runtime().clone();
-                tokio::spawn(async move { runtime.remove(&id).await }); // ends the run; awaited by the pool below
+            let seat = tokio::time::timeout_at(deadline, session.seat.clone().lock_owned()).await;
+            match (seat, self.0.settings.keep) {
+                (Ok(seat), false) => self.0.close(seat),
+                (Ok(seat), true) => self.0.leave(seat, deadline).await,
+                (Err(_), true) => {
+                    left += 1;
+                    let inner = self.0.clone(); // where the run ends before this program does
+                    tokio::spawn(async move {
+                        inner.leave(session.seat.clone().lock_owned().await, deadline).await
+                    });
+                }
+                (Err(_), false) => {
+                    if let Some(id) = session.cut() {
+                        let runtime = self.0.pool.runtime().clone();
+                        tokio::spawn(async move { runtime.remove(&id).await }); // ends the run; awaited by the pool below
+                    }
+                }
             }
         }
-        self.0.pool.close().await;
+        self.0.pool.close(left).await;
     }
 
     /// Whether the run of a new user would be taken now; else why not.
@@ -323,8 +361,7 @@ impl Sessions {
         let now = Instant::now();
         let mut next =
             now + LONGEST_SLEEP.min(self.0.settings.idle_timeout).min(self.0.settings.lifetime_max);
-        let sessions: Vec<_> = self.0.table().values().cloned().collect();
-        for session in sessions {
+        for session in self.0.all() {
             let Ok(seat) = session.seat.clone().try_lock_owned() else { continue }; // a run is in it
             if seat.closed || session.queued.load(Ordering::SeqCst) > 0 {
                 continue;
@@ -371,8 +408,10 @@ impl Sessions {
             self.0.begun.notify_one();
             Arc::new(Session::new(key.clone()))
         });
-        if session.queued.load(Ordering::SeqCst) > self.0.settings.queue {
-            return Err(Error::Busy);
+        let queued = session.queued.load(Ordering::SeqCst);
+        if queued > self.0.settings.queue {
+            let mean = session.glance().mean.unwrap_or_default();
+            return Err(Error::Busy { retry_after: mean * u32::try_from(queued).unwrap_or(u32::MAX) });
         }
         session.queued.fetch_add(1, Ordering::SeqCst);
         let place = Place { sessions: self.clone(), session: session.clone() };
@@ -399,6 +438,13 @@ impl Sessions {
 impl Inner {
     fn table(&self) -> MutexGuard<'_, HashMap<SessionKey, Arc<Session>>> {
         self.table.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// In an order that repeats itself.
+    fn all(&self) -> Vec<Arc<Session>> {
+        let mut sessions: Vec<_> = self.table().values().cloned().collect();
+        sessions.sort_by(|one, other| one.key.0.cmp(&other.key.0));
+        sessions
     }
 
     /// A session and its sandbox. One without a sandbox, as yet, stays: there is nothing to destroy.
@@ -442,6 +488,15 @@ impl Inner {
         seat.empty();
     }
 
+    /// Closes a session whose sandbox stays.
+    async fn leave(&self, mut seat: OwnedMutexGuard<Seat>, deadline: Instant) {
+        seat.closed = true;
+        seat.let_go();
+        if let Some(kept) = seat.kept.take() {
+            kept.leave(deadline).await;
+        }
+    }
+
     fn ended(&self, reason: &str) {
         self.metrics.sessions_ended.with_label_values(&[reason]).inc();
         self.metrics.sessions.set(self.table().len() as i64);
@@ -453,12 +508,26 @@ impl Seat {
     fn empty(&mut self) {
         (self.claimed, self.kept) = (None, None);
     }
+
+    /// Gives up the stream, and not the sandbox.
+    fn let_go(&mut self) {
+        if let Some(claimed) = self.claimed.take() {
+            self.kept = Some(claimed.let_go());
+        }
+    }
 }
 
 impl Session {
     fn new(key: SessionKey) -> Session {
-        let glance = Glance { sandbox: None, last_end: Instant::now(), deleted: false };
+        let glance = Glance { sandbox: None, last_end: Instant::now(), mean: None, deleted: false };
         Session { key, seat: Arc::default(), queued: AtomicUsize::new(0), glance: Mutex::new(glance) }
+    }
+
+    /// A run of it came to its end.
+    fn took(&self, time: Duration) {
+        let mut glance = self.glance();
+        let mean = glance.mean.unwrap_or(time);
+        glance.mean = Some(mean.mul_f64(1.0 - WEIGHT) + time.mul_f64(WEIGHT));
     }
 
     /// Its sandbox is about to be removed under the run that may go on.
@@ -522,14 +591,36 @@ impl Turn {
         self.place.as_ref().expect("only drop takes the place")
     }
 
-    fn supervisor(&mut self) -> &mut supervisor::Supervisor {
-        &mut self.seat().claimed.as_mut().expect("a sandbox was claimed before").held.supervisor
+    fn supervisor(&mut self) -> Option<&mut supervisor::Supervisor> {
+        self.seat().claimed.as_mut().map(|claimed| &mut claimed.held.supervisor)
     }
 
-    /// A sandbox that is attached to: the session's own, as long as it is not known to be lost, else a new one.
+    /// Hands the run over, and tells since when and with what answer; `None` where the session ended before its code
+    /// began, so that it is to begin anew in the next one.
+    async fn execute(
+        &mut self,
+        run: &Run<'_>,
+    ) -> Result<Option<(Instant, Result<Report, supervisor::Error>)>, Error> {
+        let mut attempts = 1;
+        loop {
+            let new = self.have_sandbox(if attempts == 1 { "not_recovered" } else { "idle" }).await?;
+            let claimed = Instant::now();
+            let Some(supervisor) = self.supervisor() else { return Ok(None) };
+            let answer = supervisor.run(run).await;
+            if attempts == ATTEMPTS || !matches!(answer, Err(supervisor::Error::NotBegun)) {
+                return Ok(Some((claimed, answer)));
+            }
+            // Nothing of it was executed, so it may be: in the same sandbox where that lives, else in a new one.
+            attempts += 1;
+            if new { self.give_up_sandbox() } else { self.let_go() }
+        }
+    }
+
+    /// A sandbox that is attached to: the session's own, as long as it is not known to be lost, else a new one; tells
+    /// whether it is new. None where the session is over.
     ///
     /// Where the engine does not answer nothing is known, and the session's sandbox stays what it is.
-    async fn have_sandbox(&mut self, reason: &str) -> Result<(), Error> {
+    async fn have_sandbox(&mut self, reason: &str) -> Result<bool, Error> {
         let (sessions, session) = (self.place().sessions.clone(), self.place().session.clone());
         if let Some(kept) = &self.seat().kept {
             let attached = sessions.0.pool.attach(kept).await; // it stays in its seat until that is done
@@ -547,10 +638,16 @@ impl Turn {
                 }
             }
         }
-        if self.seat().claimed.is_none() {
+        let new = self.seat().claimed.is_none();
+        if new && !self.is_over() {
             self.claim().await?;
         }
-        Ok(())
+        Ok(new)
+    }
+
+    /// Whether the session is out of the table, or is about to be.
+    fn is_over(&mut self) -> bool {
+        self.seat().closed || self.place().session.glance().deleted
     }
 
     /// Has the session's sandbox removed, if it has one.
@@ -561,8 +658,7 @@ impl Turn {
 
     /// The stream broke; the sandbox may live.
     fn let_go(&mut self) {
-        let seat = self.seat();
-        seat.kept = seat.claimed.take().map(Claimed::let_go);
+        self.seat().let_go();
     }
 
     /// Before an answer: what it acknowledges has to be there after a restart, too.
@@ -580,6 +676,9 @@ impl Turn {
         let claimed = sessions.0.pool.claim(&session.key).await?;
         if sessions.0.draining.load(Ordering::SeqCst) {
             return Err(Error::Draining);
+        }
+        if self.is_over() {
+            return Ok(());
         }
         session.glance().sandbox = Some((claimed.held.id.clone(), SystemTime::now(), claimed.since));
         let seat = self.seat();
@@ -648,7 +747,7 @@ impl Turn {
             session = %session.key, sandbox = %id, reason = reason.label(), %error, ?fate,
             "a sandbox was lost"
         );
-        let lost = reason != Loss::EngineGone;
+        let lost = !matches!(reason, Loss::EngineGone | Loss::Cut);
         if lost {
             sessions.0.metrics.lost.with_label_values(&[reason.label()]).inc();
             self.give_up_sandbox();
@@ -684,12 +783,17 @@ impl Drop for Turn {
         // The client went away in the middle. Ends by the supervisor's own deadline.
         tokio::spawn(async move {
             let Some(claimed) = seat.claimed.as_mut() else { return };
-            if claimed.held.supervisor.cancel().await.is_err() {
-                let metrics = &place.sessions.0.metrics;
-                metrics.lost.with_label_values(&[Loss::Unresponsive.label()]).inc();
-                place.session.glance().sandbox = None;
-                seat.claimed = None; // and with it the sandbox
-                place.leave(&mut seat);
+            match claimed.held.supervisor.cancel().await {
+                Ok(()) => {}
+                Err(supervisor::Error::Ended) => seat.let_go(), // the next run looks what became of it
+                Err(_) => {
+                    tracing::warn!(session = %place.session.key, "a sandbox was lost: a run cannot be cancelled");
+                    let metrics = &place.sessions.0.metrics;
+                    metrics.lost.with_label_values(&[Loss::Unresponsive.label()]).inc();
+                    place.session.glance().sandbox = None;
+                    seat.empty();
+                    seat.lost = true; // which the next answer says
+                }
             }
             place.sessions.0.metrics.runs.with_label_values(&[ErrorKind::Cancelled.as_str()]).inc();
         });
@@ -704,6 +808,7 @@ enum Loss {
     Paused,
     Gone,
     EngineGone,
+    Cut,
     Killed,
     Unresponsive,
     Violation,
@@ -720,7 +825,8 @@ impl Loss {
             (_, Ok(Fate::Paused)) => Loss::Paused,
             (E::Violation(_), _) => Loss::Violation,
             (_, Ok(Fate::Gone)) => Loss::Gone,
-            (_, Err(runtime::Error::Unavailable { .. })) => Loss::EngineGone,
+            (_, Err(_)) => Loss::EngineGone,
+            (E::Ended, Ok(Fate::Running { .. })) => Loss::Cut,
             (_, Ok(Fate::Exited { code: Fate::KILLED, .. })) => Loss::Killed,
             (E::Unresponsive, _) => Loss::Unresponsive,
             (E::Ended | E::NotBegun | E::Layer(_) | E::Probe(_), _) => Loss::Died,
@@ -733,7 +839,9 @@ impl Loss {
             Loss::Deleted => ErrorKind::Cancelled,
             Loss::OutOfMemory => ErrorKind::OutOfMemory,
             Loss::Paused | Loss::Unresponsive => ErrorKind::Timeout,
-            Loss::Gone | Loss::EngineGone | Loss::Killed | Loss::Violation | Loss::Died => ErrorKind::Crashed,
+            Loss::Gone | Loss::EngineGone | Loss::Cut | Loss::Killed | Loss::Violation | Loss::Died => {
+                ErrorKind::Crashed
+            }
         }
     }
 
@@ -745,6 +853,7 @@ impl Loss {
             Loss::Paused => "the sandbox is paused",
             Loss::Gone => "the sandbox is gone",
             Loss::EngineGone => "the engine does not answer",
+            Loss::Cut => "the connection to the sandbox broke",
             Loss::Killed => "the sandbox was killed from outside",
             Loss::Unresponsive => "the sandbox did not answer in time",
             Loss::Violation => "the sandbox broke its protocol",
@@ -760,6 +869,7 @@ impl Loss {
             Loss::Paused => "paused",
             Loss::Gone => "gone",
             Loss::EngineGone => "engine_gone",
+            Loss::Cut => "cut",
             Loss::Killed => "killed",
             Loss::Unresponsive => "unresponsive",
             Loss::Violation => "violation",

@@ -5,17 +5,18 @@ use std::sync::Arc;
 
 use serde_json::json;
 use tokio::net::TcpListener;
-use tokio::signal::unix::{SignalKind, signal};
-use tokio::sync::watch;
-use tokio::task::JoinHandle;
+use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::sync::{oneshot, watch};
+use tokio::task::JoinSet;
 
 use super::engine::start_runtime;
-use super::{Failure, caps, log_to_stderr, pool_settings, session_settings, spec};
+use super::{Failure, caps, log_to_stderr, pool_settings, reconciler_settings, session_settings, spec};
 use crate::config::{AuthMode, Config};
 use crate::metrics::Metrics;
 use crate::pool::Pool;
 use crate::probe::{Findings, probe};
 use crate::reaper::reap;
+use crate::reconciler::Reconciler;
 use crate::runtime::{LayerState, Limit, SharedRuntime};
 use crate::server::auth::Auth;
 use crate::server::{BodyRoom, Server, Settings, State};
@@ -23,30 +24,49 @@ use crate::session::Sessions;
 
 pub(super) async fn serve(config: Config) -> Result<ExitCode, Failure> {
     log_to_stderr(&config, &config.log)?;
-    let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
-    let stop = async move {
-        tokio::select! {
-            _ = terminate.recv() => {}
-            _ = interrupt.recv() => {}
-        }
-    };
-    let mut stop = std::pin::pin!(stop);
+    let mut signals =
+        Signals { terminate: signal(SignalKind::terminate())?, interrupt: signal(SignalKind::interrupt())? };
     // Obeyed from the first moment on: the pull of an image may take long.
-    let (server, reaper) = tokio::select! {
+    let (server, mut background) = tokio::select! {
         started = start(&config) => started?,
-        () = &mut stop => return Ok(ExitCode::SUCCESS),
+        () = signals.next() => return Ok(ExitCode::SUCCESS),
     };
-    let stop = async {
-        stop.await;
-        tracing::info!("stopping: runs may take {:?} to end", config.server.shutdown_timeout);
-    };
-    server.serve(stop, config.server.shutdown_timeout).await;
-    reaper.abort();
+    let (stopping, stop) = oneshot::channel::<()>();
+    let mut serving = std::pin::pin!(server.serve(async { drop(stop.await) }, config.shutdown.timeout));
+    tokio::select! {
+        () = &mut serving => unreachable!("nobody has stopped it"),
+        () = signals.next() => drop(stopping),
+    }
+    tracing::info!("stopping: runs may take {:?} to end", config.shutdown.timeout);
+    tokio::select! {
+        () = serving => {}
+        () = signals.next() => {
+            tracing::warn!("stopping at once: what is left on the engine, the next start clears up");
+            std::process::exit(1); // waits for nothing
+        }
+    }
+    background.abort_all();
     tracing::info!("stopped");
     Ok(ExitCode::SUCCESS)
 }
 
-async fn start(config: &Config) -> Result<(Server, JoinHandle<()>), Failure> {
+/// Those that end a server.
+struct Signals {
+    terminate: Signal,
+    interrupt: Signal,
+}
+
+impl Signals {
+    async fn next(&mut self) {
+        tokio::select! {
+            _ = self.terminate.recv() => {}
+            _ = self.interrupt.recv() => {}
+        }
+    }
+}
+
+/// The server, and what goes on beside it.
+async fn start(config: &Config) -> Result<(Server, JoinSet<()>), Failure> {
     let auth = watched_auth(config)?;
     // Before anything else: a second server must not take over the sandboxes of the one that is there.
     let listener = TcpListener::bind(config.listen).await.map_err(|error| {
@@ -58,9 +78,11 @@ async fn start(config: &Config) -> Result<(Server, JoinHandle<()>), Failure> {
     let left = runtime.list().await?; // by an earlier server: before there is a pool, whose own would be among them
     let pool = Pool::new(runtime, pool_settings(config, caps(config, &unenforced)), metrics.clone());
     let sessions = Sessions::new(pool, session_settings(config), metrics.clone());
-    sessions.recover(left);
+    let reconciler = Reconciler::new(sessions.clone(), reconciler_settings(config), left);
     let settings = server_settings(config, &findings);
-    let reaper = tokio::spawn(reap(sessions.clone()));
+    let mut background = JoinSet::new();
+    background.spawn(reap(sessions.clone()));
+    background.spawn(reconciler.run());
     let room = BodyRoom::new(settings.bodies_bytes);
     let server = Server::new(listener, State { room, settings, sessions, auth, metrics });
     tracing::info!(
@@ -69,7 +91,7 @@ async fn start(config: &Config) -> Result<(Server, JoinHandle<()>), Failure> {
         config.driver.name(),
         findings.python
     );
-    Ok((server, reaper))
+    Ok((server, background))
 }
 
 /// Who may come in. The keys file is read again at SIGHUP; one that is wrong then leaves the keys as they were.

@@ -19,16 +19,18 @@ use bollard::query_parameters::{
     InspectContainerOptions, ListContainersOptionsBuilder, RemoveContainerOptionsBuilder,
     RenameContainerOptionsBuilder,
 };
-use futures_util::{StreamExt, TryStreamExt};
+use futures_util::{StreamExt, TryFutureExt, TryStreamExt};
+use hyper::Method;
 
 use super::container::{
     self, AllLastWords, INSTANCE_LABEL, Listed, MASKED_PATHS, Mode, Names, OOM_SCORE_ADJ, Output, Program,
     SYSCTLS, Settings, Uids,
 };
 use super::guest::{self, HOSTNAME, SECCOMP_PROFILE, WORKSPACE};
+use super::raw::{self, Raw};
 use super::{
-    Engine, Error, Fate, Found, KeySecret, Layer, Limit, Result, Runtime, Sandbox, SandboxId, SandboxSpec,
-    SessionKey, detached,
+    Claiming, Engine, Error, Fate, Found, KeySecret, Layer, Limit, Result, Runtime, Sandbox, SandboxId,
+    SandboxSpec, SessionKey, detached, done,
 };
 
 const DRIVER: &str = "docker";
@@ -67,6 +69,8 @@ pub struct Docker(Arc<Inner>);
 #[derive(Debug)]
 struct Inner {
     client: Client,
+    /// `None` where the daemon is reached through TLS.
+    raw: Option<Raw>,
     settings: Settings,
     program: Program,
     names: Names,
@@ -191,6 +195,7 @@ impl Docker {
         let (first, many) = if maps_uids(&info) { MAPPED_UIDS } else { UIDS };
         let mut inner = Inner {
             client,
+            raw: if tls.is_none() { Raw::new(&settings.url, "") } else { None },
             names: Names::new(&settings.instance),
             settings,
             program: Program::new(supervisor),
@@ -495,11 +500,22 @@ impl Runtime for Docker {
         }
     }
 
-    async fn claim(&self, id: &SandboxId, owner: &SessionKey) -> Result<()> {
+    async fn claim(&self, id: &SandboxId, owner: &SessionKey) -> Result<Claiming> {
         let name = self.0.names.claimed(owner, SystemTime::now());
-        let options = RenameContainerOptionsBuilder::default().name(&name).build();
-        let renamed = within("rename", self.0.client.rename_container(&id.0, options)).await;
-        renamed.map_err(|failure| failure.of(id, "claim"))
+        let Some(raw) = &self.0.raw else {
+            let options = RenameContainerOptionsBuilder::default().name(&name).build();
+            let renamed = within("rename", self.0.client.rename_container(&id.0, options)).await;
+            return renamed.map(|()| done()).map_err(|failure| failure.of(id, "claim"));
+        };
+        // By `raw`: bollard does not tell when the daemon has a request.
+        let path = format!("/containers/{id}/rename?name={name}");
+        let begun = within("rename", raw.begin(Method::POST, &path).map_err(of_raw)).await;
+        let renamed = begun.map_err(|failure| failure.of(id, "claim"))?;
+        let id = id.clone();
+        Ok(Box::pin(async move {
+            let renamed = within("rename", renamed.map_err(of_raw)).await;
+            renamed.map(drop).map_err(|failure| failure.of(&id, "claim"))
+        }))
     }
 
     async fn list(&self) -> Result<Vec<Found>> {
@@ -542,6 +558,16 @@ enum Failure {
     Client(#[from] ClientError),
     #[error("no answer to \"{0}\" within {CALL_TIMEOUT:?}")]
     Late(&'static str),
+}
+
+/// As bollard would have said it.
+fn of_raw(failure: raw::Failure) -> ClientError {
+    match failure {
+        raw::Failure::Refused(raw::Refusal { status, message }) => {
+            ClientError::DockerResponseServerError { status_code: status.as_u16(), message }
+        }
+        raw::Failure::Broken(err) => ClientError::IOError { err },
+    }
 }
 
 /// Every call has a deadline: a daemon may be stopped, and not only dead.

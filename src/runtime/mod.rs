@@ -7,10 +7,11 @@ mod error;
 pub mod fake;
 mod guest;
 pub mod podman;
-
+mod raw;
 mod spec;
 
 use std::fmt::Debug;
+use std::pin::Pin;
 use std::sync::Arc;
 
 use async_trait::async_trait;
@@ -49,8 +50,11 @@ pub trait Runtime: Debug + Send + Sync {
     /// `Error::Gone` where there is none, and always by a driver whose sandboxes die with the server.
     async fn attach(&self, id: &SandboxId) -> Result<Sandbox>;
 
-    /// Writes the owner where a later `list` finds it.
-    async fn claim(&self, id: &SandboxId, owner: &SessionKey) -> Result<()>;
+    /// Has the engine write the owner where a later `list` finds it.
+    ///
+    /// Returns as soon as the engine is bound to do so even if this server is killed from here on, which is long
+    /// before it has done it: that is what comes back.
+    async fn claim(&self, id: &SandboxId, owner: &SessionKey) -> Result<Claiming>;
 
     /// The sandboxes of this instance, and of no other.
     async fn list(&self) -> Result<Vec<Found>>;
@@ -60,6 +64,14 @@ pub trait Runtime: Debug + Send + Sync {
 
     /// Kills all that is inside and confirms that it is gone. Idempotent: removing twice is fine.
     async fn remove(&self, id: &SandboxId) -> Result<()>;
+}
+
+/// A claim that the engine is bound to carry out; ends when it has.
+pub type Claiming = Pin<Box<dyn Future<Output = Result<()>> + Send>>;
+
+/// Of a driver whose claims are carried out at once.
+fn done() -> Claiming {
+    Box::pin(async { Ok(()) })
 }
 
 /// The engine as found on this host.

@@ -2,8 +2,6 @@
 //!
 //! `container_request` lists every security setting; the rest of this file is calls.
 
-mod raw;
-
 use std::collections::HashMap;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -23,13 +21,15 @@ use super::container::{
     Settings, Uids,
 };
 use super::guest::{self, HOSTNAME, SECCOMP_PROFILE, WORKSPACE};
+use super::raw::{Failure, Raw, Refusal};
 use super::{
-    Engine, Error, Fate, Found, KeySecret, Layer, Limit, Result, Runtime, Sandbox, SandboxId, SandboxSpec,
-    SessionKey, detached,
+    Claiming, Engine, Error, Fate, Found, KeySecret, Layer, Limit, Result, Runtime, Sandbox, SandboxId,
+    SandboxSpec, SessionKey, detached,
 };
-use raw::{Failure, Raw, Refusal};
 
 const DRIVER: &str = "podman";
+/// The version of the API that Podman 4 and 5 both speak.
+const API: &str = "/v4.0.0/libpod";
 /// A call that takes longer has failed; only a pull may.
 const CALL_TIMEOUT: Duration = Duration::from_secs(20);
 /// A sandbox's whole /etc/hosts.
@@ -226,7 +226,8 @@ impl Podman {
                      podman.url or CONTAINER_HOST to where it listens; or use driver = \"embedded\""
                 .into(),
         };
-        let raw = Raw::new(&settings.url).ok_or_else(|| unusable("expected unix:// or tcp://".into()))?;
+        let raw =
+            Raw::new(&settings.url, API).ok_or_else(|| unusable("expected unix:// or tcp://".into()))?;
         let client = Client::new(&settings.url).map_err(|error| unusable(error.to_string()))?;
         // podman-api's own `info` fails on fields that came after Podman 4.
         let info = within("info", raw.call(Method::GET, "/info", &Value::Null)).await;
@@ -641,12 +642,17 @@ impl Runtime for Podman {
         }
     }
 
-    async fn claim(&self, id: &SandboxId, owner: &SessionKey) -> Result<()> {
+    async fn claim(&self, id: &SandboxId, owner: &SessionKey) -> Result<Claiming> {
         let name = self.0.names.claimed(owner, SystemTime::now());
-        let containers = self.0.client.containers();
-        let container = containers.get(&id.0);
-        let renamed = within_crate("rename", container.rename(name)).await;
-        renamed.map_err(|failure| of(failure, id, "claim"))
+        let path = format!("/containers/{id}/rename?name={name}");
+        // By `raw`: podman-api does not tell when the service has a request.
+        let begun = within("rename", self.0.raw.begin(Method::POST, &path)).await;
+        let renamed = begun.map_err(|failure| of(failure, id, "claim"))?;
+        let id = id.clone();
+        Ok(Box::pin(async move {
+            let renamed = within("rename", renamed).await;
+            renamed.map(drop).map_err(|failure| of(failure, &id, "claim"))
+        }))
     }
 
     async fn list(&self) -> Result<Vec<Found>> {

@@ -43,7 +43,7 @@ impl SandboxSpec {
 }
 
 /// A driver's name for a sandbox.
-#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct SandboxId(pub String);
 
 impl fmt::Display for SandboxId {

@@ -61,7 +61,7 @@ impl Error {
             Error::RequestTimeout(_) => (StatusCode::REQUEST_TIMEOUT, "request_timeout"),
             Error::TooLarge { .. } => (StatusCode::PAYLOAD_TOO_LARGE, "too_large"),
             Error::UnsupportedMediaType => (StatusCode::UNSUPPORTED_MEDIA_TYPE, "unsupported_media_type"),
-            Error::Session(session::Error::Busy) => (StatusCode::TOO_MANY_REQUESTS, "session_busy"),
+            Error::Session(session::Error::Busy { .. }) => (StatusCode::TOO_MANY_REQUESTS, "session_busy"),
             Error::Session(session::Error::TooMany { .. }) => {
                 (StatusCode::TOO_MANY_REQUESTS, "too_many_sessions")
             }
@@ -77,7 +77,12 @@ impl Error {
     /// Seconds after which trying again makes sense.
     pub(super) fn retry_after(&self) -> Option<u64> {
         let time = match self {
-            Error::Session(session::Error::TooMany { retry_after }) => *retry_after,
+            Error::Session(
+                session::Error::TooMany { retry_after } | session::Error::Busy { retry_after },
+            ) => *retry_after,
+            Error::Session(session::Error::Unavailable(error)) => {
+                error.retry_after().unwrap_or(Duration::from_secs(1))
+            }
             Error::Session(_) | Error::Overloaded => Duration::from_secs(1),
             _ => return None,
         };

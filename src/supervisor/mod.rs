@@ -7,6 +7,7 @@ mod report;
 use std::time::Duration;
 
 use bytes::{Buf, BytesMut};
+use futures_util::FutureExt;
 use serde::Serialize;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::time::{Instant, timeout_at};
@@ -193,6 +194,9 @@ impl Supervisor {
     ///
     /// May be dropped at any await; `cancel` then brings the supervisor back to rest.
     pub async fn run(&mut self, run: &Run<'_>) -> Result<Report, Error> {
+        if !self.is_alive() {
+            return Err(Error::NotBegun);
+        }
         let deadline = Instant::now() + run.timeout + self.grace;
         let nonce = nonce();
         let options = format!("{{\"timeout_ms\":{}}}", run.timeout.as_millis());
@@ -204,6 +208,12 @@ impl Supervisor {
         let frame = timeout_at(deadline, converse).await.unwrap_or(Err(Error::Unresponsive))?;
         self.rest();
         Ok(Report::parse(protocol::sections(frame.payload)?, run.timeout, self.error_bytes)?)
+    }
+
+    /// Whether, as far as can be seen without waiting, it is there and at rest: between runs its stream is open and
+    /// silent.
+    pub fn is_alive(&mut self) -> bool {
+        self.is_idle() && self.buffer.is_empty() && self.fill().now_or_never().is_none()
     }
 
     /// Whether no run is under way.

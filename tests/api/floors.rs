@@ -10,7 +10,7 @@ const FLOORS: [&[&str]; 7] = [
     &["runtime::docker", "runtime::embedded", "runtime::fake", "runtime::podman"],
     &["supervisor"],
     &["pool", "probe"],
-    &["session", "reaper"],
+    &["session", "reaper", "reconciler"],
     &["server"],
 ];
 /// The top: may name all.

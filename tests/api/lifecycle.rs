@@ -141,7 +141,7 @@ fn a_server_without_a_run_stops_at_once() {
 
 #[test]
 fn runs_longer_than_the_grace_are_cut() {
-    let server = server(&["--set", "server.shutdown_timeout=500ms"]);
+    let server = server(&["--set", "shutdown.timeout=500ms"]);
     let mut wire = begin(&server, "u", "import time\ntime.sleep(60)");
     let stubborn = "while True:\n  try:\n    while True: pass\n  except BaseException: pass";
     let mut other = begin(&server, "v", stubborn);

@@ -9,5 +9,6 @@ mod isolation;
 mod lifecycle;
 mod probe;
 mod sessions;
+mod simulation;
 mod supervisor;
 mod support;

@@ -1,6 +1,5 @@
 //! Floors 4 and 5 on the fake engine: who holds which sandbox, until when. Time is paused.
 
-use std::collections::{HashMap, HashSet};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -11,15 +10,15 @@ use codesandbox::pool::{self, Pool};
 use codesandbox::reaper::reap;
 use codesandbox::runtime::fake::{Call, Fake};
 use codesandbox::runtime::{
-    self, Engine, Fate, Found, KeySecret, Runtime, Sandbox, SandboxId, SandboxSpec, SessionKey,
+    self, Claiming, Engine, Fate, Found, KeySecret, Runtime, Sandbox, SandboxId, SandboxSpec, SessionKey,
 };
 use codesandbox::session::{self, Done, Error, Owner, Sessions};
 use codesandbox::supervisor::{self, Caps, ErrorKind, Run};
 use tokio::task::{AbortHandle, JoinHandle};
 use tokio::time::{Instant, sleep, timeout};
 
-const MS: Duration = Duration::from_millis(1);
-const SECOND: Duration = Duration::from_secs(1);
+pub(crate) const MS: Duration = Duration::from_millis(1);
+pub(crate) const SECOND: Duration = Duration::from_secs(1);
 /// Longer than any wait of the floors under test, where none is meant to be endless.
 const LONG: Duration = Duration::from_secs(600);
 
@@ -28,8 +27,6 @@ const LONG: Duration = Duration::from_secs(600);
 struct Slow {
     fake: Arc<Fake>,
     pause: Duration,
-    /// What is being removed is no longer anybody's.
-    removing: Mutex<HashSet<SandboxId>>,
     most: AtomicUsize,
 }
 
@@ -58,7 +55,7 @@ impl Runtime for Slow {
         self.fake.attach(id).await
     }
 
-    async fn claim(&self, id: &SandboxId, owner: &SessionKey) -> runtime::Result<()> {
+    async fn claim(&self, id: &SandboxId, owner: &SessionKey) -> runtime::Result<Claiming> {
         sleep(self.pause).await;
         self.fake.claim(id, owner).await
     }
@@ -73,7 +70,6 @@ impl Runtime for Slow {
     }
 
     async fn remove(&self, id: &SandboxId) -> runtime::Result<()> {
-        self.removing.lock().unwrap().insert(id.clone());
         sleep(self.pause).await;
         self.fake.remove(id).await
     }
@@ -112,23 +108,22 @@ impl House {
     fn new(plan: Plan) -> House {
         let Plan { pause, size, max, queue, idle_timeout, lifetime_max } = plan;
         let fake = Fake::new(supervisor::fake::spawn);
-        let engine = Arc::new(Slow {
-            fake: fake.clone(),
-            pause,
-            removing: Mutex::default(),
-            most: AtomicUsize::new(0),
-        });
+        let engine = Arc::new(Slow { fake: fake.clone(), pause, most: AtomicUsize::new(0) });
         let metrics = Arc::new(Metrics::new());
         let settings = pool::Settings {
             size,
             starting_max: 2,
             capacity: max + size,
             create_timeout: 20 * SECOND,
+            wait_timeout: 60 * SECOND,
+            recycle_after: 3600 * SECOND,
+            idle_after: None,
+            seed: 0,
             spec: spec(),
             caps: caps(),
         };
         let pool = Pool::new(engine.clone(), settings, metrics.clone());
-        let settings = session::Settings { idle_timeout, lifetime_max, max, queue };
+        let settings = session::Settings { idle_timeout, lifetime_max, max, queue, keep: false };
         let sessions = Sessions::new(pool, settings, metrics.clone());
         let reaper = tokio::spawn(reap(sessions.clone())).abort_handle();
         House { engine, fake, metrics, sessions, reaper }
@@ -184,13 +179,13 @@ async fn run(sessions: &Sessions, user_id: &str, code: &str) -> Result<Done, Err
 }
 
 /// Lets every task go on until it waits for time to pass.
-async fn settle() {
-    for _ in 0..50 {
+pub(crate) async fn settle() {
+    for _ in 0..20 {
         tokio::task::yield_now().await;
     }
 }
 
-fn spec() -> SandboxSpec {
+pub(crate) fn spec() -> SandboxSpec {
     SandboxSpec {
         memory_bytes: 1 << 26,
         processes: 8,
@@ -203,7 +198,7 @@ fn spec() -> SandboxSpec {
     }
 }
 
-fn caps() -> Caps {
+pub(crate) fn caps() -> Caps {
     Caps {
         stdout: 1024,
         stderr: 1024,
@@ -228,7 +223,7 @@ async fn as_many_runs_wait_as_the_queue_holds_and_one_more_is_busy() {
     for _ in 0..3 {
         tasks.push(house.begin("u", "1").await);
     }
-    assert!(matches!(house.run("u", "1").await, Err(Error::Busy)));
+    assert!(matches!(house.run("u", "1").await, Err(Error::Busy { .. })));
     assert!(house.run("v", "1").await.is_ok(), "another user's queue is another one");
     for task in tasks {
         assert!(task.await.unwrap().is_ok());
@@ -242,7 +237,7 @@ async fn as_many_runs_wait_as_the_queue_holds_and_one_more_is_busy() {
 async fn a_queue_of_none_takes_one_run_at_a_time() {
     let house = House::new(Plan { queue: 0, ..PLAN });
     let task = house.begin("u", "sleep 1000").await;
-    assert!(matches!(house.run("u", "1").await, Err(Error::Busy)));
+    assert!(matches!(house.run("u", "1").await, Err(Error::Busy { .. })));
     task.await.unwrap().unwrap();
     assert!(house.run("u", "1").await.is_ok());
     house.close(SECOND).await;
@@ -487,7 +482,7 @@ async fn a_client_that_goes_away_while_it_waits_gives_its_place_back() {
         settle().await;
     }
     let waiting = house.begin("u", "1").await;
-    assert!(matches!(house.run("u", "1").await, Err(Error::Busy)));
+    assert!(matches!(house.run("u", "1").await, Err(Error::Busy { .. })));
     running.await.unwrap().unwrap();
     waiting.await.unwrap().unwrap();
     assert_eq!((house.outcomes("ok"), house.outcomes("cancelled")), (2, 0), "those that waited never ran");
@@ -591,20 +586,21 @@ async fn a_freed_place_is_free_though_the_removal_goes_on() {
 async fn an_engine_that_makes_nothing_is_unavailable_and_takes_no_place() {
     let house = House::new(Plan { max: 2, ..PLAN });
     for turn in 0..20 {
-        house.fake.fail_next(Call::Create);
+        let failures = if turn == 0 { 2 } else { 1 }; // the first one may be chance
+        (0..failures).for_each(|_| house.fake.fail_next(Call::Create));
         let user_id = format!("u{turn}");
         assert!(matches!(house.run(&user_id, "1").await, Err(Error::Unavailable(_))));
         assert_eq!((house.state(&user_id), house.metrics.sessions.get()), (None, 0));
     }
     assert!(house.run("a", "1").await.is_ok() && house.run("b", "1").await.is_ok());
-    assert_eq!(house.metrics.engine_errors.with_label_values(&["create", "unavailable"]).get(), 20);
+    assert_eq!(house.metrics.engine_errors.with_label_values(&["create", "unavailable"]).get(), 21);
     house.close(SECOND).await;
 }
 
 #[tokio::test(start_paused = true)]
 async fn a_create_that_fails_costs_the_runs_behind_it_nothing() {
     let house = House::new(Plan { pause: 10 * MS, ..PLAN });
-    house.fake.fail_next(Call::Create);
+    (0..2).for_each(|_| house.fake.fail_next(Call::Create));
     let first = house.begin("u", "1").await;
     let second = house.begin("u", "1").await;
     assert!(matches!(first.await.unwrap(), Err(Error::Unavailable(_))));
@@ -732,101 +728,16 @@ async fn a_drain_outlasts_an_engine_that_fails_to_remove() {
     house.close(SECOND).await;
 }
 
-// -- everything at once ------------------------------------------------------------------------------
+// -- for the simulation -------------------------------------------------------------------------------
 
 /// xorshift64: the same operations for the same seed.
-struct Random(u64);
+pub(crate) struct Random(pub(crate) u64);
 
 impl Random {
-    fn below(&mut self, bound: u64) -> u64 {
+    pub(crate) fn below(&mut self, bound: u64) -> u64 {
         self.0 ^= self.0 << 13;
         self.0 ^= self.0 >> 7;
         self.0 ^= self.0 << 17;
         self.0 % bound
     }
-
-    fn user(&mut self) -> String {
-        format!("u{}", self.below(6))
-    }
-}
-
-/// Prints the seed where the test fails.
-struct Told(u64);
-
-impl Drop for Told {
-    fn drop(&mut self) {
-        if std::thread::panicking() {
-            eprintln!("seed {}", self.0);
-        }
-    }
-}
-
-const PROGRAMS: [&str; 10] =
-    ["1", "1", "1", "sleep 5", "sleep 300", "raise", "killed", "die", "garbage", "hang"];
-
-/// No user has two sandboxes, and no more exist than may.
-async fn invariants(house: &House, capacity: usize) {
-    settle().await;
-    assert!(house.fake.alive() <= capacity, "{} alive", house.fake.alive());
-    let mut owned = HashMap::new();
-    let removing = house.engine.removing.lock().unwrap().clone();
-    for Found { id, claim } in house.fake.list().await.unwrap() {
-        if let Some(claim) = claim.filter(|_| !removing.contains(&id)) {
-            *owned.entry(claim.owner).or_insert(0) += 1;
-        }
-    }
-    assert!(owned.values().all(|count| *count == 1), "{owned:?}");
-    let sessions = house.metrics.sessions.get();
-    assert!(sessions <= PLAN.max as i64, "{sessions} sessions");
-}
-
-async fn step(house: &House, random: &mut Random, tasks: &mut Vec<JoinHandle<Result<Done, Error>>>) {
-    match random.below(12) {
-        0..=5 => {
-            let (user, program) = (random.user(), PROGRAMS[random.below(10) as usize]);
-            tasks.push(house.begin(&user, program).await);
-        }
-        6 if !tasks.is_empty() => tasks.swap_remove(random.below(tasks.len() as u64) as usize).abort(),
-        7 => {
-            let (sessions, user_id) = (house.sessions.clone(), random.user());
-            tokio::spawn(async move { sessions.delete(Owner { tenant: "", user_id: &user_id }).await });
-        }
-        8 => house.fake.fail_next(Call::Create),
-        9 => house.fake.fail_next(Call::Remove),
-        _ => sleep(Duration::from_millis(random.below(400))).await,
-    }
-}
-
-async fn random_operations(seed: u64, pause: Duration) {
-    let _told = Told(seed);
-    let mut random = Random(seed);
-    let plan = Plan { pause, size: 2, idle_timeout: 2 * SECOND, lifetime_max: 10 * SECOND, ..PLAN };
-    let house = House::new(plan);
-    let mut tasks = Vec::new();
-    for _ in 0..1500 {
-        step(&house, &mut random, &mut tasks).await;
-        invariants(&house, plan.max + plan.size).await;
-    }
-    sleep(LONG).await; // every retry is through, every session expired
-    assert_eq!(house.fake.alive(), house.sessions.pool().warm(), "a sandbox is left that nobody owns");
-    assert_eq!((house.metrics.sessions.get(), house.claimed()), (0, 0));
-    for task in tasks {
-        assert!(task.is_finished(), "a run is stuck");
-    }
-    house.close(SECOND).await;
-}
-
-fn seed() -> u64 {
-    let time = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap();
-    time.as_nanos() as u64 | 1
-}
-
-#[tokio::test(start_paused = true)]
-async fn random_operations_leave_no_orphan_on_a_quick_engine() {
-    random_operations(seed(), Duration::ZERO).await;
-}
-
-#[tokio::test(start_paused = true)]
-async fn random_operations_leave_no_orphan_on_a_slow_engine() {
-    random_operations(seed(), 7 * MS).await;
 }

@@ -1,8 +1,9 @@
 //! The contract of `codesandbox::runtime::Runtime`, line by line, on every driver and on the fake, without a server.
 
+use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
-use codesandbox::runtime::fake::Fake;
+use codesandbox::runtime::fake::{Fake, Inside};
 use codesandbox::runtime::{Error, Fate, Sandbox, SandboxId, SandboxSpec, SessionKey, SharedRuntime};
 use codesandbox::supervisor::SOURCE;
 use libtest_mimic::Trial;
@@ -85,7 +86,7 @@ pub(crate) fn on_the_fake() -> Vec<Trial> {
 }
 
 /// Holds its end of the stream, and says nothing.
-fn silent_guest(stream: DuplexStream) -> tokio::task::AbortHandle {
+fn silent_guest(stream: DuplexStream, _inside: Arc<Inside>) -> tokio::task::AbortHandle {
     let hold = async move {
         let _stream = stream;
         std::future::pending::<()>().await;
@@ -153,7 +154,7 @@ async fn a_new_sandbox_runs_and_is_nobodys(subject: &Subject) {
 async fn a_claim_is_in_the_list_with_its_time(subject: &Subject) {
     let (one, other) = (subject.create().await, subject.create().await);
     let before = SystemTime::now() - Duration::from_millis(2);
-    subject.runtime.claim(&one.id, &owner("a")).await.unwrap();
+    subject.runtime.claim(&one.id, &owner("a")).await.unwrap().await.unwrap();
     for found in subject.runtime.list().await.unwrap() {
         match found.claim {
             Some(claim) => {
@@ -171,13 +172,13 @@ async fn a_claim_is_in_the_list_with_its_time(subject: &Subject) {
 async fn a_second_claim_goes_over_the_first(subject: &Subject) {
     let sandbox = subject.create().await;
     for letter in ["a", "b"] {
-        subject.runtime.claim(&sandbox.id, &owner(letter)).await.unwrap();
+        subject.runtime.claim(&sandbox.id, &owner(letter)).await.unwrap().await.unwrap();
     }
     let found = subject.runtime.list().await.unwrap();
     assert_eq!(found[0].claim.as_ref().unwrap().owner, owner("b"));
     // One session's next sandbox may come while its last one is still on its way out.
     let next = subject.create().await;
-    subject.runtime.claim(&next.id, &owner("b")).await.unwrap();
+    subject.runtime.claim(&next.id, &owner("b")).await.unwrap().await.unwrap();
     subject.remove(sandbox).await;
     subject.remove(next).await;
 }
@@ -185,7 +186,7 @@ async fn a_second_claim_goes_over_the_first(subject: &Subject) {
 async fn a_claim_of_what_is_gone_is_gone(subject: &Subject) {
     let sandbox = subject.create().await;
     let id = subject.remove(sandbox).await;
-    let claimed = subject.runtime.claim(&id, &owner("a")).await;
+    let claimed = async { subject.runtime.claim(&id, &owner("a")).await?.await }.await;
     assert!(matches!(claimed, Err(Error::Gone(_))), "{claimed:?}");
 }
 

@@ -31,8 +31,8 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
 
 use super::{
-    Claim, Engine, Error, Fate, Found, KeySecret, Layer, Limit, Result, Runtime, Sandbox, SandboxId,
-    SandboxSpec, SessionKey, detached,
+    Claim, Claiming, Engine, Error, Fate, Found, KeySecret, Layer, Limit, Result, Runtime, Sandbox,
+    SandboxId, SandboxSpec, SessionKey, detached, done,
 };
 use cgroup::{Group, Hierarchy};
 pub use launcher::run_if_asked;
@@ -341,11 +341,11 @@ impl Runtime for Embedded {
         Err(Error::Gone(id.clone())) // its stream ended with the server that made it, and so did it
     }
 
-    async fn claim(&self, id: &SandboxId, owner: &SessionKey) -> Result<()> {
+    async fn claim(&self, id: &SandboxId, owner: &SessionKey) -> Result<Claiming> {
         let live = lock(&self.0.alive).get(id).cloned().ok_or_else(|| Error::Gone(id.clone()))?;
         *lock(&live.claim) = Some(Claim { owner: owner.clone(), at: SystemTime::now() });
         live.prefer_supervisor();
-        Ok(())
+        Ok(done())
     }
 
     async fn list(&self) -> Result<Vec<Found>> {
