@@ -29,6 +29,8 @@ const ATTEMPTS: usize = 3;
 const WEIGHT: f64 = 0.2;
 /// From the end of a stream to the end of its sandbox: milliseconds, or it goes on.
 const FATE_WAIT: Duration = Duration::from_secs(1);
+/// How long a server that stops waits for the engine to remove sandboxes, beyond its runs' time.
+const REMOVAL_WAIT: Duration = Duration::from_secs(30);
 /// Bytes of a session key: 128 bits leave no two users with the same.
 const KEY_BYTES: usize = 16;
 
@@ -234,6 +236,7 @@ impl Sessions {
             let now = Instant::now();
             let since = now.checked_sub(at.elapsed().unwrap_or_default()).unwrap_or(now);
             if self.0.table().contains_key(&owner) {
+                tracing::warn!(session = %owner, sandbox = %id, "removes an earlier sandbox of a session");
                 self.forsake(id);
                 continue;
             }
@@ -335,7 +338,16 @@ impl Sessions {
                 }
             }
         }
-        self.0.pool.close(left).await;
+        let cleared = async {
+            self.0.pool.close(left).await;
+            if !self.0.settings.keep {
+                self.0.clear_up().await;
+                self.0.pool.close(left).await;
+            }
+        };
+        if tokio::time::timeout_at(deadline + REMOVAL_WAIT, cleared).await.is_err() {
+            tracing::warn!("sandboxes are left on the engine: the next start clears them up");
+        }
     }
 
     /// Whether the run of a new user would be taken now; else why not.
@@ -486,6 +498,19 @@ impl Inner {
     fn close(&self, mut seat: OwnedMutexGuard<Seat>) {
         seat.closed = true;
         seat.empty();
+    }
+
+    /// Removes what is nobody's: left by an earlier server, or made too late for this one.
+    async fn clear_up(&self) {
+        let found = match self.pool.list().await {
+            Ok(found) => found,
+            Err(error) => return tracing::warn!(%error, "cannot look what is left on the engine"),
+        };
+        for Found { id, .. } in found {
+            if !self.pool.knows(&id) {
+                self.pool.discard(id);
+            }
+        }
     }
 
     /// Closes a session whose sandbox stays.

@@ -233,6 +233,8 @@ log_driver = "k8s-file"
 runtime = "runc"
 cgroup_manager = "cgroupfs"
 events_logger = "file"
+# What podman exec leaves behind waits for five minutes by default; each restart of a server makes some.
+exit_command_delay = 10
 TOML
 }
 

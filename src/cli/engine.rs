@@ -2,8 +2,13 @@
 
 use std::collections::BTreeMap;
 use std::env;
+use std::io::ErrorKind;
+use std::os::linux::net::SocketAddrExt;
+use std::os::unix::net::{SocketAddr, UnixListener};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+
+use sha2::{Digest, Sha256};
 
 use super::Failure;
 use crate::config::{Config, Driver};
@@ -29,6 +34,30 @@ pub(super) async fn start_runtime(config: &Config) -> Result<SharedRuntime, Fail
             Arc::new(Podman::start(podman_settings(config), profile, supervisor::SOURCE).await?)
         }
     })
+}
+
+/// Held for as long as the server lives: a second one of the same instance would take over its sandboxes.
+///
+/// An abstract socket, which the kernel takes back however the server ends. It is seen by all servers in the same
+/// network namespace.
+pub(super) fn only_one(config: &Config) -> Result<Option<UnixListener>, Failure> {
+    let url = match config.driver {
+        Driver::Embedded => return Ok(None), // its sandboxes are its own
+        Driver::Docker => docker_settings(config).url,
+        Driver::Podman => podman_settings(config).url,
+    };
+    let hash = Sha256::digest(format!("{url}\n{}", config.instance));
+    let name = SocketAddr::from_abstract_name(format!("codesandbox-{}", hex::encode(hash)))?;
+    match UnixListener::bind_addr(&name) {
+        Ok(listener) => Ok(Some(listener)),
+        Err(error) if error.kind() == ErrorKind::AddrInUse => Err(format!(
+            "a server of the instance {:?} uses the engine at {url} already: stop it, or give this one another name \
+             (configuration key instance, or --instance)",
+            config.instance
+        )
+        .into()),
+        Err(error) => Err(error.into()),
+    }
 }
 
 fn embedded_settings(config: &Config) -> embedded::Settings {

@@ -9,7 +9,7 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::{oneshot, watch};
 use tokio::task::JoinSet;
 
-use super::engine::start_runtime;
+use super::engine::{only_one, start_runtime};
 use super::{Failure, caps, log_to_stderr, pool_settings, reconciler_settings, session_settings, spec};
 use crate::config::{AuthMode, Config};
 use crate::metrics::Metrics;
@@ -24,6 +24,7 @@ use crate::session::Sessions;
 
 pub(super) async fn serve(config: Config) -> Result<ExitCode, Failure> {
     log_to_stderr(&config, &config.log)?;
+    let _instance = only_one(&config)?;
     let mut signals =
         Signals { terminate: signal(SignalKind::terminate())?, interrupt: signal(SignalKind::interrupt())? };
     // Obeyed from the first moment on: the pull of an image may take long.

@@ -223,3 +223,167 @@ impl<T> Ledger<T> {
         self.waiting.retain(|tell| !tell.is_closed());
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SECOND: Duration = Duration::from_secs(1);
+
+    fn ledger(size: usize, starting_max: usize) -> (Ledger<u32>, Instant) {
+        let now = Instant::now();
+        let plan = Plan {
+            size,
+            starting_max,
+            wait_timeout: 60 * SECOND,
+            recycle_after: 3600 * SECOND,
+            idle_after: None,
+        };
+        (Ledger::new(plan, now), now)
+    }
+
+    fn begin(ledger: &mut Ledger<u32>, now: Instant) -> usize {
+        let wanted = ledger.wanted(now);
+        (0..wanted).for_each(|_| ledger.begun());
+        wanted
+    }
+
+    type Told = oneshot::Receiver<Result<u32, Error>>;
+
+    fn wait(ledger: &mut Ledger<u32>, now: Instant) -> (Told, &'static str) {
+        match ledger.claim(now) {
+            Claim::Wait { told, how } => (told, how),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn whoever_waits_longest_gets_what_is_ready_first_whoever_it_was_begun_for() {
+        let (mut ledger, now) = ledger(0, 1);
+        let (mut first, how) = wait(&mut ledger, now);
+        assert_eq!((begin(&mut ledger, now), how), (1, "miss"));
+        let (mut second, how) = wait(&mut ledger, now);
+        assert_eq!((begin(&mut ledger, now), how), (0, "miss"), "one at a time");
+        assert_eq!(ledger.made(1, SECOND, now), None);
+        assert_eq!((first.try_recv().unwrap().unwrap(), second.try_recv().is_ok()), (1, false));
+        assert_eq!(begin(&mut ledger, now), 1);
+        let (mut third, _) = wait(&mut ledger, now);
+        drop(second);
+        assert_eq!(ledger.made(2, SECOND, now), None);
+        assert_eq!(third.try_recv().unwrap().unwrap(), 2, "the second had left");
+        assert_eq!(begin(&mut ledger, now), 0);
+    }
+
+    #[test]
+    fn a_claim_that_finds_its_creation_under_way_waits_and_misses_nothing() {
+        let (mut ledger, now) = ledger(2, 2);
+        assert_eq!(begin(&mut ledger, now), 2);
+        let (first, second, third) = (wait(&mut ledger, now), wait(&mut ledger, now), wait(&mut ledger, now));
+        assert_eq!((first.1, second.1, third.1), ("wait", "wait", "miss"));
+    }
+
+    #[test]
+    fn the_pool_fills_to_its_size_and_no_further() {
+        let (mut ledger, now) = ledger(3, 2);
+        assert_eq!(begin(&mut ledger, now), 2);
+        assert_eq!((ledger.made(1, SECOND, now), ledger.made(2, SECOND, now)), (None, None));
+        assert_eq!(begin(&mut ledger, now), 1);
+        assert_eq!(ledger.made(3, SECOND, now), None);
+        assert_eq!((begin(&mut ledger, now), ledger.warm()), (0, 3));
+        assert_eq!(ledger.place(4, now), Some(4));
+        assert!(matches!(ledger.claim(now), Claim::Hit(1)), "the oldest first");
+        assert_eq!(begin(&mut ledger, now), 1);
+    }
+
+    #[test]
+    fn one_failure_costs_nobody_and_two_in_a_row_are_told_to_all() {
+        let (mut ledger, now) = ledger(1, 2);
+        let (mut one, mut other) = (wait(&mut ledger, now).0, wait(&mut ledger, now).0);
+        assert_eq!(begin(&mut ledger, now), 2);
+        ledger.failed(now, 1.0);
+        assert!(one.try_recv().is_err() && !ledger.is_failing());
+        assert_eq!(begin(&mut ledger, now), 1, "for who waits it is tried again at once");
+        ledger.failed(now, 1.0);
+        for told in [&mut one, &mut other] {
+            let Ok(Err(Error::Failing { retry_after })) = told.try_recv() else { panic!("nobody was told") };
+            assert_eq!(retry_after, 2 * RETRY.0);
+        }
+        ledger.failed(now, 1.0);
+        assert_eq!(begin(&mut ledger, now), 0, "nobody waits, and it backs off");
+        assert_eq!(ledger.next_look(now), now + 4 * RETRY.0);
+        assert_eq!(begin(&mut ledger, now + 4 * RETRY.0), 1);
+    }
+
+    #[test]
+    fn while_the_engine_fails_no_more_wait_than_try_it() {
+        let (mut ledger, now) = ledger(0, 1);
+        for _ in 0..2 {
+            ledger.begun();
+            ledger.failed(now, 0.0);
+        }
+        let _trying = wait(&mut ledger, now);
+        assert!(matches!(ledger.claim(now), Claim::Refused(Error::Failing { .. })));
+        assert_eq!(begin(&mut ledger, now), 1);
+        assert_eq!(ledger.made(1, SECOND, now), None);
+        assert!(!ledger.is_failing());
+    }
+
+    #[test]
+    fn pauses_double_up_to_a_bound_and_are_spread() {
+        let pauses: Vec<_> = (1..10).map(|failures| pause(failures, 1.0)).collect();
+        assert_eq!(pauses[..3], [RETRY.0, 2 * RETRY.0, 4 * RETRY.0]);
+        assert_eq!(pauses[8], RETRY.1);
+        assert_eq!(pause(u32::MAX, 0.0), RETRY.1 / 2);
+    }
+
+    #[test]
+    fn a_claim_that_would_wait_too_long_by_the_measured_rate_is_refused_with_that_time() {
+        let (mut ledger, now) = ledger(0, 2);
+        let mut waiting = vec![wait(&mut ledger, now)];
+        assert_eq!(begin(&mut ledger, now), 1);
+        ledger.made(1, 10 * SECOND, now); // 10 s each, two at a time: 12 of them in a minute
+        while let Claim::Wait { told, how } = ledger.claim(now) {
+            waiting.push((told, how));
+        }
+        assert_eq!(waiting.len() - 1, 12);
+        let Claim::Refused(Error::Crowded { retry_after }) = ledger.claim(now) else { panic!("it waits") };
+        assert_eq!(retry_after, 70 * SECOND);
+    }
+
+    #[test]
+    fn an_old_one_is_replaced_one_at_a_time_while_the_pool_is_full() {
+        let (mut ledger, now) = ledger(2, 2);
+        begin(&mut ledger, now);
+        ledger.made(1, SECOND, now);
+        assert_eq!(ledger.outdated(now + 3600 * SECOND), None, "not full yet");
+        ledger.made(2, SECOND, now + SECOND);
+        assert_eq!(ledger.outdated(now + 3599 * SECOND), None);
+        let later = now + 3602 * SECOND;
+        assert_eq!((ledger.outdated(later), ledger.outdated(later)), (Some(1), None));
+        assert_eq!(begin(&mut ledger, later), 1);
+        ledger.made(3, SECOND, later);
+        assert_eq!((ledger.outdated(later), ledger.warm()), (Some(2), 1));
+    }
+
+    #[test]
+    fn a_paused_pool_makes_none_until_somebody_comes() {
+        let (mut ledger, now) = ledger(1, 1);
+        ledger.plan.idle_after = Some(10 * SECOND);
+        let idle = now + 10 * SECOND;
+        assert_eq!(ledger.wanted(idle), 0);
+        let _waiting = wait(&mut ledger, idle);
+        assert_eq!(begin(&mut ledger, idle), 1);
+        ledger.made(1, SECOND, idle);
+        assert_eq!(ledger.wanted(idle), 1, "and it is filled again");
+    }
+
+    #[test]
+    fn a_closed_one_gives_up_what_it_has_and_takes_nothing() {
+        let (mut ledger, now) = ledger(2, 2);
+        begin(&mut ledger, now);
+        ledger.made(1, SECOND, now);
+        assert_eq!(ledger.close(), [1]);
+        assert_eq!((ledger.made(2, SECOND, now), ledger.wanted(now)), (Some(2), 0));
+        assert!(matches!(ledger.claim(now), Claim::Refused(Error::Closed)));
+    }
+}

@@ -268,9 +268,12 @@ impl Listed {
     }
 }
 
-/// The secret that names our containers; a new one where there is none.
-pub(super) fn secret_of(containers: &[Listed]) -> KeySecret {
-    containers.iter().find_map(|container| container.secret.clone()).unwrap_or_else(KeySecret::random)
+/// The secret that names our containers; a new one where there is none. That of a claimed one comes first: a server
+/// that was killed as it started may have left a helper with another.
+pub(super) fn secret_of(names: &Names, containers: &[Listed]) -> KeySecret {
+    let claimed = containers.iter().filter(|container| names.claim_of(&container.name).is_some());
+    let secret = claimed.chain(containers).find_map(|container| container.secret.clone());
+    secret.unwrap_or_else(KeySecret::random)
 }
 
 /// The labels of every container of ours.
@@ -423,6 +426,20 @@ mod tests {
         for other in ["codesandbox-a-b_c-", "codesandbox-other-00ff-1", "x", "codesandbox-a-b_c-00ff", ""] {
             assert_eq!(names.claim_of(other), None, "{other}");
         }
+    }
+
+    #[test]
+    fn the_secret_is_that_of_the_claimed() {
+        let names = Names::new("i");
+        let listed = |name: String, secret: &KeySecret| {
+            let labels = HashMap::from([(SECRET_LABEL.to_owned(), secret.to_hex())]);
+            Listed::new(Some("id".into()), Some(vec![name]), Some(labels)).unwrap()
+        };
+        let (one, other) = (KeySecret([1; 32]), KeySecret([2; 32]));
+        let helper = listed(names.helper().unwrap(), &one);
+        let claimed = listed(names.claimed(&SessionKey("00".into()), UNIX_EPOCH), &other);
+        assert!(secret_of(&names, &[helper, claimed]) == other);
+        assert!(secret_of(&names, &[listed(names.helper().unwrap(), &one)]) == one);
     }
 
     #[test]

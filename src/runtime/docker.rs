@@ -192,14 +192,16 @@ impl Docker {
         check_runtime(&info, &settings)?;
         let volumes = ensure_image(&client, &settings).await?;
         let left = listed(&client, &settings.instance).await?;
+        let names = Names::new(&settings.instance);
+        let secret = container::secret_of(&names, &left);
         let (first, many) = if maps_uids(&info) { MAPPED_UIDS } else { UIDS };
         let mut inner = Inner {
             client,
             raw: if tls.is_none() { Raw::new(&settings.url, "") } else { None },
-            names: Names::new(&settings.instance),
+            names,
             settings,
             program: Program::new(supervisor),
-            secret: container::secret_of(&left),
+            secret,
             info,
             volumes,
             uids: Uids::new(first, many),

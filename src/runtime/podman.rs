@@ -46,6 +46,8 @@ const EXIT_PAUSE: Duration = Duration::from_millis(20);
 const DESERTED_WAIT: Duration = Duration::from_secs(5);
 /// In which a container that loses its stdin has ended: a guess, a hundred times what it takes.
 const EOF_WAIT: Duration = Duration::from_secs(3);
+/// And for a container that ends with its stdin.
+const END_WAIT: Duration = Duration::from_secs(1);
 /// The first uid and gid of a sandbox, in the user namespace that all of this engine's containers are in.
 const FIRST_UID: u32 = 10_000;
 /// As root, uids that neither systemd nor useradd hands out, beside those of the other drivers.
@@ -245,14 +247,16 @@ impl Podman {
             }
         };
         let left = listed(&client, &settings.instance).await?;
+        let names = Names::new(&settings.instance);
+        let secret = container::secret_of(&names, &left);
         let mut inner = Inner {
             client,
             raw,
-            names: Names::new(&settings.instance),
+            names,
             settings,
             program: Program::new(supervisor),
             files,
-            secret: container::secret_of(&left),
+            secret,
             host,
             uids,
             stdin_survives: OnceCell::new(),
@@ -486,7 +490,7 @@ impl Inner {
         drop(stream);
         let path = format!("/containers/{id}/wait?condition=exited");
         let end = self.raw.call(Method::POST, &path, &Value::Null);
-        let lives = tokio::time::timeout(EOF_WAIT, end).await.is_err();
+        let lives = tokio::time::timeout(END_WAIT, end).await.is_err(); // not for sure; the echo is
         let survives = match self.attach(&id).await {
             Ok(mut again) if wired && lives => answers(&mut again.stream).await,
             _ => false,

@@ -172,7 +172,24 @@ fn runs_that_wait_in_a_queue_are_told_that_the_server_stops() {
 }
 
 #[test]
-fn a_second_signal_and_one_right_at_the_start_are_no_trouble() {
+fn a_second_signal_ends_it_at_once() {
+    let mut server = server(&[]);
+    let mut wire = begin(&server, "u", "import time\ntime.sleep(60)");
+    let processes = descendants(server.pid());
+    server.signal(libc::SIGTERM);
+    eventually("it stops", || server.log().contains("stopping"));
+    let begun = Instant::now();
+    server.signal(libc::SIGTERM);
+    assert_eq!(server.wait().code(), Some(1), "{}", server.log());
+    assert!(begun.elapsed() < Duration::from_secs(3), "{:?}", begun.elapsed());
+    assert!(wire.answer().is_none());
+    eventually("its processes are gone", || {
+        processes.iter().all(|pid| !std::path::Path::new(&format!("/proc/{pid}")).exists())
+    });
+}
+
+#[test]
+fn a_signal_right_at_the_start_is_no_trouble() {
     for pause in [0, 1] {
         let mut server = server(&[]);
         server.signal(libc::SIGTERM);

@@ -4,6 +4,7 @@ use std::io::{BufRead, BufReader, Read, Write};
 use std::net::TcpStream;
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -21,6 +22,8 @@ pub(crate) struct Server {
     child: Child,
     pub(crate) address: String,
     log: Arc<Mutex<String>>,
+    /// It was told to stop: a second word would end it at once.
+    stopping: AtomicBool,
     _directory: Option<tempfile::TempDir>,
 }
 
@@ -68,7 +71,7 @@ impl Server {
             let _ = child.kill();
             panic!("the server did not start: {}", log.lock().unwrap());
         };
-        Server { child, address, log, _directory: directory }
+        Server { child, address, log, stopping: AtomicBool::new(false), _directory: directory }
     }
 
     /// `POST /run`; gives status and answer.
@@ -157,6 +160,7 @@ impl Server {
     pub(crate) fn signal(&self, signal: i32) {
         // SAFETY: sends a signal to a process that this test started and has not reaped.
         assert_eq!(unsafe { libc::kill(self.child.id() as i32, signal) }, 0);
+        self.stopping.fetch_or(matches!(signal, libc::SIGTERM | libc::SIGINT), Ordering::SeqCst);
     }
 
     /// Awaits its exit; gives the status.
@@ -175,7 +179,9 @@ impl Server {
 impl Drop for Server {
     fn drop(&mut self) {
         if matches!(self.child.try_wait(), Ok(None)) {
-            self.signal(libc::SIGTERM);
+            if !self.stopping.load(Ordering::SeqCst) {
+                self.signal(libc::SIGTERM);
+            }
             if !std::thread::panicking() {
                 assert!(self.wait().success(), "the server did not end well: {}", self.log());
             }
@@ -224,7 +230,7 @@ pub(crate) fn command_line(arguments: &[&str], stdin: &str) -> (i32, String, Str
 pub(crate) fn eventually(what: &str, holds: impl Fn() -> bool) {
     let begun = Instant::now();
     while !holds() {
-        assert!(begun.elapsed() < Duration::from_secs(10), "never came: {what}");
+        assert!(begun.elapsed() < Duration::from_secs(30), "never came: {what}");
         std::thread::sleep(Duration::from_millis(10));
     }
 }

@@ -60,7 +60,7 @@ fn is_lost(server: &Server, answer: &Value, kind: &str, value: &str, reason: &st
     assert!(answer["error_detail"]["value"].as_str().unwrap().contains(value), "{answer}");
     let lost = format!("codesandbox_sandboxes_lost_total{{reason=\"{reason}\"}}");
     assert_eq!(server.metric(&lost), 1.0, "{lost}: {}", server.get("/metrics").1);
-    assert!(server.log().contains("lost"), "{}", server.log());
+    eventually("the log says so", || server.log().contains("lost"));
     let next = server.run("u", "import os\nresult = os.listdir()");
     assert_eq!((&next["result"], next.get("session")), (&json!([]), None), "the next begins anew: {next}");
 }

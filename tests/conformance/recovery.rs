@@ -16,6 +16,10 @@ behaviours! {
     two_servers_on_one_engine_do_not_touch_each_other,
     a_run_that_went_on_when_the_server_died_is_over,
     a_server_that_stops_well_leaves_nothing_to_recover,
+    a_server_that_keeps_its_sessions_leaves_them_to_the_next_one,
+    a_server_that_is_stopped_twice_costs_no_session_its_files,
+    a_second_server_of_an_instance_is_refused,
+    what_an_engine_made_for_nobody_is_removed,
 }
 
 fn engine(driver: &Driver) -> &Engine {
@@ -150,4 +154,62 @@ fn a_server_that_stops_well_leaves_nothing_to_recover(driver: &Driver) {
     server.run("a", "open('f', 'w').write('a')");
     drop(server);
     assert_eq!(engine(driver).containers_of(&instance), Vec::<String>::new());
+}
+
+fn a_server_that_keeps_its_sessions_leaves_them_to_the_next_one(driver: &Driver) {
+    let instance = drivers::new_instance();
+    let flags = ["--set", "pool.size=1", "--set", "shutdown.sessions=\"keep\""];
+    let server = driver.start(&instance, &flags);
+    server.run("a", "open('f', 'w').write('a')");
+    drop(server);
+    let kept = engine(driver).containers_of(&instance);
+    assert_eq!(kept.len(), 1, "the warm one is gone, the session's is not: {kept:?}");
+    let server = start(driver, &instance);
+    assert_eq!(content(&server, "a"), "a");
+    drop(server);
+    assert_eq!(engine(driver).containers_of(&instance), Vec::<String>::new());
+}
+
+fn a_server_that_is_stopped_twice_costs_no_session_its_files(driver: &Driver) {
+    let instance = drivers::new_instance();
+    let mut server = start(driver, &instance);
+    server.run("a", "open('f', 'w').write('a')");
+    let mut wire = crate::support::Wire::new(&server);
+    let body = json!({"user_id": "a", "code": "import time\ntime.sleep(60)", "timeout_ms": 60_000});
+    wire.send(crate::support::post_bytes(&body.to_string()));
+    eventually("it runs", || server.get("/sessions/a").1.contains("running"));
+    server.signal(libc::SIGTERM);
+    eventually("it stops", || server.log().contains("stopping"));
+    server.signal(libc::SIGTERM);
+    assert_eq!(server.wait().code(), Some(1), "{}", server.log());
+    let server = start(driver, &instance);
+    assert_eq!(content(&server, "a"), "a");
+    drop(server);
+    assert_eq!(engine(driver).containers_of(&instance), Vec::<String>::new());
+}
+
+fn a_second_server_of_an_instance_is_refused(driver: &Driver) {
+    let instance = drivers::new_instance();
+    let server = start(driver, &instance);
+    server.run("a", "open('f', 'w').write('a')");
+    let mut command = driver.command();
+    let second = command.args(["--listen", "127.0.0.1:0", "--instance", &instance]).output().unwrap();
+    let said = String::from_utf8_lossy(&second.stderr);
+    assert!(!second.status.success() && said.contains("uses the engine at"), "{said}");
+    assert_eq!(content(&server, "a"), "a");
+}
+
+/// A create whose server was killed comes to its end all the same, after the next server has looked.
+fn what_an_engine_made_for_nobody_is_removed(driver: &Driver) {
+    let instance = drivers::new_instance();
+    let flags =
+        ["--set", "pool.size=0", "--set", "limits.create_timeout=5s", "--set", "pool.reconcile_period=500ms"];
+    let server = driver.start(&instance, &flags);
+    server.run("a", "open('f', 'w').write('a')");
+    let label = json!({"codesandbox.instance": instance});
+    let late = engine(driver).make_stranger(&drivers::image(), &label);
+    assert_eq!(engine(driver).containers_of(&instance).len(), 2);
+    eventually("only the session's own is left", || !engine(driver).containers_of(&instance).contains(&late));
+    assert_eq!(server.metric("codesandbox_reconciled_total{difference=\"unknown\"}"), 1.0);
+    assert_eq!(content(&server, "a"), "a");
 }

@@ -77,7 +77,7 @@ pub(crate) fn on_the_fake() -> Vec<Trial> {
         let name = *name;
         Trial::test(format!("fake::runtime::{name}"), move || {
             in_tokio(async {
-                check(name, Subject { runtime: fake(), other: fake(), outlives: false }).await;
+                check(name, Subject { runtime: fake(), other: fake(), outlives: true }).await;
             });
             Ok(())
         })

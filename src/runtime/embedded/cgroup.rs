@@ -15,6 +15,9 @@ use crate::runtime::{Limit, SandboxSpec};
 
 /// Microseconds over which the CPU quota counts: the kernel's own default.
 const PERIOD_US: u64 = 100_000;
+/// For the last processes of a server that was killed a moment ago: half a minute.
+const SWEEPS: usize = 60;
+const SWEEP_PAUSE: Duration = Duration::from_millis(500);
 /// A group is busy for a moment after its last process: `rmdir` is tried again that often.
 const REMOVALS: u32 = 100;
 /// The share of a sandbox's memory that may lie in socket buffers beside it, under version 1: a guess.
@@ -108,7 +111,9 @@ impl Drop for Hierarchy {
                     remove(leaf);
                 }
             }
-            Hierarchy::V1(directories) => directories.iter().for_each(|(_, directory)| sweep(directory)),
+            Hierarchy::V1(directories) => directories.iter().for_each(|(_, directory)| {
+                sweep(directory);
+            }),
             Hierarchy::Missing(_) => {}
         }
     }
@@ -289,27 +294,47 @@ fn version_1(groups: &str, mounts: &str, name: &str) -> Hierarchy {
     if directories.is_empty() { Hierarchy::Missing(why) } else { Hierarchy::V1(directories) }
 }
 
-/// Removes the directories of servers that were killed: a group of the living cannot be removed.
+/// Removes the directories of servers that were killed: a group of the living cannot be removed. What still dies is
+/// waited for in the background.
 fn clean_up_after_the_dead(parent: &Path) {
-    let Ok(entries) = fs::read_dir(parent) else { return };
+    if sweep_all(parent) {
+        return;
+    }
+    let parent = parent.to_owned();
+    std::thread::spawn(move || {
+        for _ in 0..SWEEPS {
+            std::thread::sleep(SWEEP_PAUSE);
+            if sweep_all(&parent) {
+                return;
+            }
+        }
+        tracing::warn!(parent = %parent.display(), "cgroups of an earlier server stay busy");
+    });
+}
+
+/// Whether none is left.
+fn sweep_all(parent: &Path) -> bool {
+    let Ok(entries) = fs::read_dir(parent) else { return true };
+    let mut done = true;
     for entry in entries.flatten() {
         let name = entry.file_name().to_string_lossy().into_owned();
         let pid = name.trim_end_matches("-server").rsplit('-').next().and_then(|pid| pid.parse::<u32>().ok());
         let dead = pid.is_some_and(|pid| !Path::new("/proc").join(pid.to_string()).exists());
         if name.starts_with("codesandbox-") && dead {
-            sweep(&entry.path());
+            done &= sweep(&entry.path());
         }
     }
+    done
 }
 
-fn sweep(directory: &Path) {
-    let Ok(entries) = fs::read_dir(directory) else { return };
+fn sweep(directory: &Path) -> bool {
+    let Ok(entries) = fs::read_dir(directory) else { return true };
     for entry in entries.flatten() {
         if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
             let _ = fs::remove_dir(entry.path()); // one that is in use stays
         }
     }
-    let _ = fs::remove_dir(directory); // likewise
+    fs::remove_dir(directory).is_ok()
 }
 
 fn remove(directory: &Path) {
