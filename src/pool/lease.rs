@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use tokio::sync::oneshot;
+use tokio::sync::{Notify, oneshot};
 use tokio::task::JoinHandle;
 use tokio::time::Instant;
 
@@ -14,6 +14,9 @@ use crate::metrics::{Counted, Metrics};
 use crate::runtime::{self, SandboxId, SessionKey, SharedRuntime};
 use crate::supervisor::Supervisor;
 
+/// The engine is told of a claim when the session's first run is over, or that long after its begin: before, it would
+/// only slow it down.
+const CLAIM_PAUSE: Duration = Duration::from_millis(20);
 /// A driver's removal that takes longer is tried again.
 const REMOVE_TIMEOUT: Duration = Duration::from_secs(20);
 
@@ -57,8 +60,10 @@ impl Engine {
         self,
         id: SandboxId,
         owner: SessionKey,
+        now: Arc<Notify>,
         tell: oneshot::Sender<runtime::Result<()>>,
     ) -> bool {
+        let _ = tokio::time::timeout(CLAIM_PAUSE, now.notified()).await; // whichever comes first
         let mut tell = Some(tell);
         for failures in 1.. {
             let named = async {
@@ -207,6 +212,8 @@ impl Kept {
 /// The engine is being told whose a sandbox is.
 #[derive(Debug)]
 struct Naming {
+    /// Somebody waits for it.
+    now: Arc<Notify>,
     /// Until it has heard it.
     heard: Option<oneshot::Receiver<runtime::Result<()>>>,
     /// Whether it has done it.
@@ -237,8 +244,9 @@ impl Claimed {
         let engine = held.lease.engine.clone();
         let counted = engine.counted("claimed");
         let (tell, heard) = oneshot::channel();
-        let done = tokio::spawn(engine.name(held.id.clone(), owner.clone(), tell));
-        let naming = Some(Naming { heard: Some(heard), done });
+        let now = Arc::new(Notify::new());
+        let done = tokio::spawn(engine.name(held.id.clone(), owner.clone(), now.clone(), tell));
+        let naming = Some(Naming { now, heard: Some(heard), done });
         Claimed { held, since: Instant::now(), naming, counted }
     }
 
@@ -254,9 +262,9 @@ impl Claimed {
     /// # Errors
     /// Where the engine could not be told: nothing that is in it would outlive this server.
     pub async fn is_named(&mut self) -> runtime::Result<()> {
-        let Some(heard) = self.naming.as_mut().and_then(|naming| naming.heard.as_mut()) else {
-            return Ok(());
-        };
+        let Some(naming) = &mut self.naming else { return Ok(()) };
+        naming.now.notify_one();
+        let Some(heard) = &mut naming.heard else { return Ok(()) };
         let named = heard.await; // a caller who goes away here leaves the question to the next one
         if let Some(naming) = &mut self.naming {
             naming.heard = None;

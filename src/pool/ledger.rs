@@ -11,6 +11,8 @@ use super::Error;
 
 /// After a failed creation or removal; doubled up to the last with each more.
 pub(super) const RETRY: (Duration, Duration) = (Duration::from_millis(200), Duration::from_secs(10));
+/// From a claim to the making of another warm one, which would only slow down the run that the claim is for.
+pub(super) const REFILL_PAUSE: Duration = Duration::from_millis(30);
 /// One failure may be the sandbox's; that many in a row are the engine's, and nobody waits for it any longer.
 const FAILURES: u32 = 2;
 /// Of the mean time of a creation, the part that the last one has.
@@ -38,8 +40,9 @@ pub(super) struct Ledger<T> {
     starting: usize,
     /// In a row.
     failures: u32,
-    /// Until then none is made that nobody waits for.
+    /// Until then none is made that nobody waits for: after a failure, and after a claim.
     retry_at: Instant,
+    refill_at: Instant,
     last_claim: Instant,
     /// Of a creation; `None` before the first.
     mean: Option<Duration>,
@@ -75,6 +78,7 @@ impl<T> Ledger<T> {
             starting: 0,
             failures: 0,
             retry_at: now,
+            refill_at: now,
             last_claim: now,
             mean: None,
             closed: false,
@@ -87,6 +91,9 @@ impl<T> Ledger<T> {
         }
         self.last_claim = now;
         if let Some((sandbox, _)) = self.warm.pop_front() {
+            if self.refill_at <= now {
+                self.refill_at = now + REFILL_PAUSE;
+            }
             return Claim::Hit(sandbox);
         }
         self.forget_who_left();
@@ -118,7 +125,7 @@ impl<T> Ledger<T> {
             return 0;
         }
         self.forget_who_left();
-        let held_back = now < self.retry_at || self.is_paused(now);
+        let held_back = now < self.retry_at.max(self.refill_at) || self.is_paused(now);
         let refill = if held_back { 0 } else { self.plan.size.saturating_sub(self.warm.len()) };
         let goal = (self.waiting.len() + refill).min(self.plan.starting_max);
         goal.saturating_sub(self.starting)
@@ -203,8 +210,8 @@ impl<T> Ledger<T> {
     /// When there may be something to do though nothing happens.
     pub(super) fn next_look(&self, now: Instant) -> Instant {
         let aged = self.warm.front().map(|(_, since)| *since + self.plan.recycle_after);
-        let retry = Some(self.retry_at).filter(|at| *at > now);
-        let soon = [aged.filter(|at| *at > now), retry].into_iter().flatten().min();
+        let soon = [aged, Some(self.retry_at), Some(self.refill_at)];
+        let soon = soon.into_iter().flatten().filter(|at| *at > now).min();
         soon.unwrap_or(now + RETRY.1).min(now + RETRY.1)
     }
 
@@ -292,7 +299,10 @@ mod tests {
         assert_eq!((begin(&mut ledger, now), ledger.warm()), (0, 3));
         assert_eq!(ledger.place(4, now), Some(4));
         assert!(matches!(ledger.claim(now), Claim::Hit(1)), "the oldest first");
-        assert_eq!(begin(&mut ledger, now), 1);
+        assert_eq!((begin(&mut ledger, now), ledger.next_look(now)), (0, now + REFILL_PAUSE));
+        let later = now + REFILL_PAUSE / 2;
+        assert!(matches!(ledger.claim(later), Claim::Hit(2)));
+        assert_eq!(begin(&mut ledger, now + REFILL_PAUSE), 2, "who comes later does not put it off");
     }
 
     #[test]

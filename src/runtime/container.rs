@@ -9,12 +9,12 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use bytes::Bytes;
 use futures_util::{Stream, StreamExt};
-use tokio::io::{AsyncReadExt, AsyncWrite};
+use tokio::io::{AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio_util::io::StreamReader;
 
 use super::guest::TCP_BUFFERS;
 use super::{
-    Claim, Duplex, Error, Found, KeySecret, Layer, Limit, Result, SandboxId, SandboxSpec, SessionKey,
+    Claim, Duplex, Error, Found, KeySecret, Layer, Limit, Result, Sandbox, SandboxId, SandboxSpec, SessionKey,
 };
 
 /// A label of every container of ours: whose it is.
@@ -110,32 +110,47 @@ impl Settings {
     }
 }
 
-/// What runs in a container: the supervisor, passed as an argument, so that any image with a `python3` serves.
+/// What runs in a container: the supervisor, handed over on its stdin, so that any image with a `python3` serves.
+///
+/// Not as an argument: an engine writes a command line to its disk at each change of a container's state.
 #[derive(Debug)]
 pub(super) struct Program {
     source: &'static str,
-    /// As the image's own Python compiled it, in base64: compiling takes 11 ms, which is a tenth of a start.
-    compiled: String,
+    /// As the image's own Python compiled it: compiling takes 11 ms, which is a tenth of a start.
+    compiled: Vec<u8>,
 }
 
-/// Prints its argument as Python's own cached form, after the number that tells whose it is.
-const COMPILER: &str = "import sys, marshal, binascii; \
+/// Prints its argument as Python's own cached form, after the number that tells whose it is, in hex.
+const COMPILER: &str = "import sys, marshal; \
     magic = sys.modules['_frozen_importlib_external'].MAGIC_NUMBER; \
     code = compile(sys.argv[1], '<supervisor>', 'exec', optimize=2); \
-    print(binascii.b2a_base64(magic + marshal.dumps(code), newline=False).decode())";
+    print((magic + marshal.dumps(code)).hex())";
 /// Runs what `COMPILER` printed, or the source where an image was replaced by one with another Python.
-const LOADER: &str = "import sys, marshal, binascii; \
-    magic = sys.modules['_frozen_importlib_external'].MAGIC_NUMBER; \
-    code = binascii.a2b_base64(sys.argv[2]); \
-    code = marshal.loads(memoryview(code)[len(magic):]) if code.startswith(magic) else sys.argv[3]; \
-    exec(code)";
-/// A guess: the compiled supervisor is about 90 KiB in base64. Linux takes no argument of more than 128 KiB.
-const COMPILED_BYTES: u64 = 120 << 10;
+const LOADER: &str = "\
+import marshal, os, sys
+def take(count):
+    taken = b''
+    while len(taken) < count:
+        part = os.read(0, count - len(taken))
+        if not part:
+            sys.exit('the server went away')
+        taken += part
+    return taken
+compiled, source = (take(int.from_bytes(take(4), 'big')) for _ in range(2))
+magic = sys.modules['_frozen_importlib_external'].MAGIC_NUMBER
+program = marshal.loads(memoryview(compiled)[len(magic):]) if compiled.startswith(magic) else source
+del compiled, source
+exec(program)
+";
+/// A guess: the compiled supervisor is about 130 KiB in hex.
+const COMPILED_BYTES: u64 = 1 << 20;
+/// Some thousand times what it takes: 100 KiB, through an engine.
+const LOAD_TIMEOUT: Duration = Duration::from_secs(10);
 
 impl Program {
     /// Before anything was compiled.
     pub(super) fn new(source: &'static str) -> Program {
-        Program { source, compiled: String::new() }
+        Program { source, compiled: Vec::new() }
     }
 
     /// The command line of a container whose output `compiled` takes.
@@ -149,28 +164,44 @@ impl Program {
         stream: Duplex,
         words: impl Fn() -> String,
     ) -> Result<Program> {
-        let mut compiled = String::new();
+        let mut said = String::new();
         let mut stream = stream.take(COMPILED_BYTES);
-        let read = tokio::time::timeout(COMPILE_TIMEOUT, stream.read_to_string(&mut compiled)).await;
-        let whole = matches!(read, Ok(Ok(_))) && compiled.ends_with('\n');
-        if !whole {
-            return Err(Error::Unusable {
+        let read = tokio::time::timeout(COMPILE_TIMEOUT, stream.read_to_string(&mut said)).await;
+        let whole = matches!(read, Ok(Ok(_))) && said.ends_with('\n');
+        match hex::decode(said.trim()) {
+            Ok(compiled) if whole => Ok(Program { source, compiled }),
+            _ => Err(Error::Unusable {
                 what: "compile the supervisor with the image's python3".into(),
-                why: format!("it said: {} {}", compiled.trim(), words()).trim().to_owned(),
+                why: format!("it said: {} {}", said.trim(), words()).trim().to_owned(),
                 remedy: "set image to one with a python3 from 3.8 to 3.14".into(),
-            });
+            }),
         }
-        Ok(Program { source, compiled: compiled.trim().to_owned() })
     }
 
-    /// The command line of a supervisor.
-    pub(super) fn supervisor(&self, mode: Mode) -> Vec<String> {
+    /// The command line of a supervisor, which then waits for `load`.
+    pub(super) fn supervisor(mode: Mode) -> Vec<String> {
         let mode = match mode {
             Mode::Park => "park",
             Mode::Beside => "beside",
         };
-        let command = ["python3", "-I", "-S", "-c", LOADER, mode, &self.compiled, self.source];
-        command.map(str::to_owned).to_vec()
+        ["python3", "-I", "-S", "-c", LOADER, mode].map(str::to_owned).to_vec()
+    }
+
+    /// Hands the supervisor over to a process that waits for it.
+    pub(super) async fn load(&self, mut sandbox: Sandbox) -> Result<Sandbox> {
+        let mut bytes = Vec::new();
+        for part in [&self.compiled[..], self.source.as_bytes()] {
+            bytes.extend_from_slice(&(part.len() as u32).to_be_bytes());
+            bytes.extend_from_slice(part);
+        }
+        let loading = async {
+            sandbox.stream.write_all(&bytes).await?;
+            sandbox.stream.flush().await
+        };
+        let loaded = tokio::time::timeout(LOAD_TIMEOUT, loading).await;
+        let loaded = loaded.unwrap_or_else(|late| Err(io::Error::other(late)));
+        loaded.map_err(Error::failed("hand over the supervisor"))?;
+        Ok(sandbox)
     }
 }
 

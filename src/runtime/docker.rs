@@ -26,7 +26,7 @@ use super::container::{
     self, AllLastWords, INSTANCE_LABEL, Listed, MASKED_PATHS, Mode, Names, OOM_SCORE_ADJ, Output, Program,
     SYSCTLS, Settings, Uids,
 };
-use super::guest::{self, HOSTNAME, SECCOMP_PROFILE, WORKSPACE};
+use super::guest::{self, HOSTNAME, WORKSPACE};
 use super::raw::{self, Raw};
 use super::{
     Claiming, Engine, Error, Fate, Found, KeySecret, Layer, Limit, Result, Runtime, Sandbox, SandboxId,
@@ -123,7 +123,10 @@ fn container_request(
         sysctls: Some(strings(&SYSCTLS)),
         // Rights.
         cap_drop: Some(vec!["ALL".into()]),
-        security_opt: Some(vec!["no-new-privileges".into(), format!("seccomp={SECCOMP_PROFILE}")]),
+        security_opt: Some(vec![
+            "no-new-privileges".into(),
+            format!("seccomp={}", guest::short_seccomp_profile()),
+        ]),
         privileged: Some(false),
         // Files.
         readonly_rootfs: Some(true),
@@ -487,7 +490,17 @@ impl Runtime for Docker {
         let (inner, undoing) = (self.0.clone(), self.0.clone());
         let spec = spec.clone();
         let name = inner.names.unclaimed()?;
-        let make = async move { inner.make(name, &spec, inner.program.supervisor(Mode::Park)).await };
+        let make = async move {
+            let sandbox = inner.make(name, &spec, Program::supervisor(Mode::Park)).await?;
+            let id = sandbox.id.clone();
+            match inner.program.load(sandbox).await {
+                Ok(sandbox) => Ok(sandbox),
+                Err(error) => {
+                    container::undone(inner.remove(&id).await);
+                    Err(error)
+                }
+            }
+        };
         detached(DRIVER, make, async move |id| {
             container::undone(undoing.remove(&id).await);
         })

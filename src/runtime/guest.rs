@@ -1,9 +1,25 @@
 //! Floor 1: what every sandbox has, whatever engine made it.
 
+use std::sync::LazyLock;
+
+use serde_json::Value;
+
 use super::SandboxSpec;
 
 /// Our own profile, the same for every driver.
 pub(super) const SECCOMP_PROFILE: &str = include_str!("../../config/seccomp.json");
+/// The same without its comments, for an engine that stores it with each sandbox.
+pub(super) fn short_seccomp_profile() -> &'static str {
+    static SHORT: LazyLock<String> = LazyLock::new(|| {
+        let mut profile: Value =
+            serde_json::from_str(SECCOMP_PROFILE).expect("it is compiled in, and tested");
+        for rule in profile["syscalls"].as_array_mut().into_iter().flatten() {
+            rule.as_object_mut().map(|rule| rule.remove("comment"));
+        }
+        profile.to_string()
+    });
+    &SHORT
+}
 /// What a sandbox calls itself.
 pub(super) const HOSTNAME: &str = "sandbox";
 /// Where runs work.

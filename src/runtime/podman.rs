@@ -457,7 +457,7 @@ impl Inner {
     /// A second supervisor, beside a PID 1 whose stdin conmon has closed.
     async fn attach_beside(&self, id: &SandboxId) -> Result<Sandbox> {
         let words = self.last_words.begin(id);
-        let program = self.program.supervisor(Mode::Beside);
+        let program = Program::supervisor(Mode::Beside);
         let request = json!({"AttachStdin": true, "AttachStdout": true, "AttachStderr": true, "Tty": false, "Cmd": program});
         let path = format!("/containers/{id}/exec");
         let made = within("exec", self.raw.call(Method::POST, &path, &request)).await;
@@ -467,7 +467,7 @@ impl Inner {
         let begin = json!({"Detach": false, "Tty": false});
         let attached = within("start exec", self.raw.stream(&path, &begin, words)).await;
         let stream = attached.map_err(|failure| of(failure, id, "exec in"))?;
-        Ok(Sandbox { id: id.clone(), stream })
+        self.program.load(Sandbox { id: id.clone(), stream }).await
     }
 
     /// Whether the operator's conmon keeps a container's stdin open (--leave-stdin-open): tried with a container
@@ -625,7 +625,17 @@ impl Runtime for Podman {
         let (inner, undoing) = (self.0.clone(), self.0.clone());
         let spec = spec.clone();
         let name = inner.names.unclaimed()?;
-        let make = async move { inner.make(name, &spec, inner.program.supervisor(Mode::Park)).await };
+        let make = async move {
+            let sandbox = inner.make(name, &spec, Program::supervisor(Mode::Park)).await?;
+            let id = sandbox.id.clone();
+            match inner.program.load(sandbox).await {
+                Ok(sandbox) => Ok(sandbox),
+                Err(error) => {
+                    container::undone(inner.remove(&id).await);
+                    Err(error)
+                }
+            }
+        };
         detached(DRIVER, make, async move |id| {
             container::undone(undoing.remove(&id).await);
         })
