@@ -119,15 +119,15 @@ impl<T> Ledger<T> {
         self.mean.unwrap_or_default() * u32::try_from(rounds).unwrap_or(u32::MAX)
     }
 
-    /// How many creations are to be begun now.
+    /// How many creations are to be begun now: as many as may be for those who wait, one by one for nobody.
     pub(super) fn wanted(&mut self, now: Instant) -> usize {
         if self.closed {
             return 0;
         }
         self.forget_who_left();
         let held_back = now < self.retry_at.max(self.refill_at) || self.is_paused(now);
-        let refill = if held_back { 0 } else { self.plan.size.saturating_sub(self.warm.len()) };
-        let goal = (self.waiting.len() + refill).min(self.plan.starting_max);
+        let lacks = self.plan.size > self.warm.len() && !held_back;
+        let goal = self.waiting.len().max(usize::from(lacks)).min(self.plan.starting_max);
         goal.saturating_sub(self.starting)
     }
 
@@ -284,7 +284,7 @@ mod tests {
     #[test]
     fn a_claim_that_finds_its_creation_under_way_waits_and_misses_nothing() {
         let (mut ledger, now) = ledger(2, 2);
-        assert_eq!(begin(&mut ledger, now), 2);
+        (0..2).for_each(|_| ledger.begun());
         let (first, second, third) = (wait(&mut ledger, now), wait(&mut ledger, now), wait(&mut ledger, now));
         assert_eq!((first.1, second.1, third.1), ("wait", "wait", "miss"));
     }
@@ -292,17 +292,17 @@ mod tests {
     #[test]
     fn the_pool_fills_to_its_size_and_no_further() {
         let (mut ledger, now) = ledger(3, 2);
-        assert_eq!(begin(&mut ledger, now), 2);
-        assert_eq!((ledger.made(1, SECOND, now), ledger.made(2, SECOND, now)), (None, None));
-        assert_eq!(begin(&mut ledger, now), 1);
-        assert_eq!(ledger.made(3, SECOND, now), None);
+        for sandbox in 1..=3 {
+            assert_eq!(begin(&mut ledger, now), 1, "one by one, since nobody waits");
+            assert_eq!(ledger.made(sandbox, SECOND, now), None);
+        }
         assert_eq!((begin(&mut ledger, now), ledger.warm()), (0, 3));
         assert_eq!(ledger.place(4, now), Some(4));
         assert!(matches!(ledger.claim(now), Claim::Hit(1)), "the oldest first");
         assert_eq!((begin(&mut ledger, now), ledger.next_look(now)), (0, now + REFILL_PAUSE));
         let later = now + REFILL_PAUSE / 2;
         assert!(matches!(ledger.claim(later), Claim::Hit(2)));
-        assert_eq!(begin(&mut ledger, now + REFILL_PAUSE), 2, "who comes later does not put it off");
+        assert_eq!(begin(&mut ledger, now + REFILL_PAUSE), 1, "who comes later does not put it off");
     }
 
     #[test]
@@ -365,6 +365,7 @@ mod tests {
         let (mut ledger, now) = ledger(2, 2);
         begin(&mut ledger, now);
         ledger.made(1, SECOND, now);
+        begin(&mut ledger, now);
         assert_eq!(ledger.outdated(now + 3600 * SECOND), None, "not full yet");
         ledger.made(2, SECOND, now + SECOND);
         assert_eq!(ledger.outdated(now + 3599 * SECOND), None);
@@ -392,6 +393,7 @@ mod tests {
         let (mut ledger, now) = ledger(2, 2);
         begin(&mut ledger, now);
         ledger.made(1, SECOND, now);
+        begin(&mut ledger, now);
         assert_eq!(ledger.close(), [1]);
         assert_eq!((ledger.made(2, SECOND, now), ledger.wanted(now)), (Some(2), 0));
         assert!(matches!(ledger.claim(now), Claim::Refused(Error::Closed)));
