@@ -231,11 +231,11 @@ fn an_idle_session_is_reaped_and_its_files_are_gone() {
 
 #[test]
 fn a_running_session_is_never_idle() {
-    let server = server(&["--set", "session.idle_timeout=200ms"]);
-    let answer = server.run("u", "open('f', 'w')\nimport time\ntime.sleep(1)\nresult = 1");
+    let server = server(&["--set", "session.idle_timeout=1s"]);
+    let answer = server.run("u", "open('f', 'w')\nimport time\ntime.sleep(2)\nresult = 1");
     assert_eq!((&answer["result"], answer.get("session")), (&json!(1), None), "{answer}");
-    for _ in 0..5 {
-        std::thread::sleep(Duration::from_millis(100));
+    for _ in 0..3 {
+        std::thread::sleep(Duration::from_millis(500));
         let files = server.run("u", "import os\nresult = os.listdir()");
         assert_eq!(files["result"], json!(["f"]), "its time begins anew with the end of each run");
     }

@@ -1,5 +1,8 @@
 //! A server of its own for each test that wants one, and a client for it.
 
+#[path = "leaks.rs"]
+mod leaks;
+
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::TcpStream;
 use std::path::PathBuf;
@@ -71,6 +74,7 @@ impl Server {
             let _ = child.kill();
             panic!("the server did not start: {}", log.lock().unwrap());
         };
+        leaks::watch(child.id());
         Server { child, address, log, stopping: AtomicBool::new(false), _directory: directory }
     }
 
@@ -160,6 +164,9 @@ impl Server {
     pub(crate) fn signal(&self, signal: i32) {
         // SAFETY: sends a signal to a process that this test started and has not reaped.
         assert_eq!(unsafe { libc::kill(self.child.id() as i32, signal) }, 0);
+        if signal == libc::SIGKILL {
+            leaks::forgive(self.child.id());
+        }
         self.stopping.fetch_or(matches!(signal, libc::SIGTERM | libc::SIGINT), Ordering::SeqCst);
     }
 
