@@ -204,7 +204,9 @@ impl Pool {
     pub async fn attach(&self, kept: &Kept) -> Result<Supervisor, Error> {
         match self.attach_once(kept).await {
             // The engine may have lost the stream, as it did before: twice in a row it is the sandbox.
-            Err(Error::Supervisor(supervisor::Error::Ended)) => self.attach_once(kept).await,
+            Err(Error::Supervisor(supervisor::Error::Ended | supervisor::Error::Unresponsive)) => {
+                self.attach_once(kept).await
+            }
             attached => attached,
         }
     }
@@ -234,7 +236,7 @@ impl Pool {
         self.0.capacity.knows(id)
     }
 
-    /// Gives up the warm ones that are dead, or of which the engine says so.
+    /// Gives up the warm ones of which the engine says that they are dead.
     pub async fn check(&self) {
         let ids = self.0.ledger().look(|ready| ready.held.id.clone());
         let mut dead = HashSet::new();
@@ -244,11 +246,7 @@ impl Pool {
                 dead.insert(id);
             }
         }
-        let useless =
-            self.0.ledger().sift(|ready| dead.contains(&ready.held.id) || !ready.held.supervisor.is_alive());
-        for ready in &useless {
-            tracing::warn!(sandbox = %ready.held.id, "a warm sandbox has died");
-        }
+        self.0.sift(|ready| dead.contains(&ready.held.id));
         self.0.changed.notify_one();
     }
 
@@ -287,9 +285,19 @@ impl Inner {
         drop(surplus); // outside of the lock
     }
 
+    /// Gives up warm ones.
+    fn sift(&self, useless: impl FnMut(&mut Ready) -> bool) {
+        let useless = self.ledger().sift(useless);
+        for ready in &useless {
+            tracing::warn!(sandbox = %ready.held.id, "a warm sandbox has died");
+        }
+    }
+
     /// Begins what is to be begun; gives the moment of the next look.
     fn tend(self: &Arc<Inner>) -> Instant {
         let now = Instant::now();
+        // Those whose stream has ended, whether or not the engine answers: what cannot be used is not warm.
+        self.sift(|ready| !ready.held.supervisor.is_alive());
         let outdated = self.ledger().outdated(now);
         drop(outdated);
         while let Some(permit) = self.permit_to_begin(now) {

@@ -29,6 +29,10 @@ const ATTEMPTS: usize = 3;
 const WEIGHT: f64 = 0.2;
 /// From the end of a stream to the end of its sandbox: milliseconds, or it goes on.
 const FATE_WAIT: Duration = Duration::from_secs(1);
+/// Beyond a run's time, how long the engine may take to tell what became of its sandbox: the answer has to come.
+const VERDICT_WAIT: Duration = Duration::from_secs(2);
+/// What an engine held back while it was stopped comes within milliseconds of its next answer; a guess.
+const SILENCE: Duration = Duration::from_millis(500);
 /// How long a server that stops waits for the engine to remove sandboxes, beyond its runs' time.
 const REMOVAL_WAIT: Duration = Duration::from_secs(30);
 /// Bytes of a session key: 128 bits leave no two users with the same.
@@ -211,7 +215,7 @@ impl Sessions {
         let timing = Timing { queue: seated - begun, claim: claimed - seated, run: claimed.elapsed() };
         let mut done = match answer {
             Ok(report) => turn.conclude(report, timing).await,
-            Err(error) => turn.lose(error, timing).await,
+            Err(error) => turn.lose(error, claimed + run.timeout, timing).await,
         };
         turn.is_named().await?;
         turn.place().session.took(timing.run);
@@ -482,11 +486,24 @@ impl Inner {
         }
     }
 
+    /// What became of a sandbox, as far as the engine tells in time.
+    async fn fate(&self, id: &SandboxId, deadline: Instant) -> runtime::Result<Fate> {
+        let runtime = self.pool.runtime();
+        let silent = || runtime::Error::Unavailable { driver: runtime.name(), why: "it is silent".into() };
+        let fate = tokio::time::timeout_at(deadline, runtime.fate(id)).await;
+        fate.unwrap_or_else(|_| Err(silent()))
+    }
+
     /// A stream ends a moment before its sandbox does: a fate that has not come yet is asked for again.
-    async fn fate_after(&self, error: &supervisor::Error, id: &SandboxId) -> runtime::Result<Fate> {
+    async fn fate_after(
+        &self,
+        error: &supervisor::Error,
+        id: &SandboxId,
+        deadline: Instant,
+    ) -> runtime::Result<Fate> {
         let until = Instant::now() + FATE_WAIT;
         loop {
-            let fate = self.pool.runtime().fate(id).await;
+            let fate = self.fate(id, deadline).await;
             let open = matches!((error, &fate), (supervisor::Error::Ended, Ok(Fate::Running { .. })));
             if !open || Instant::now() > until {
                 return fate;
@@ -741,11 +758,11 @@ impl Turn {
 
     /// A SIGKILL that was not ours: the engine may have counted it as one for want of memory.
     async fn who_killed(&mut self) -> ErrorDetail {
-        let runtime = self.place().sessions.0.pool.runtime().clone();
+        let sessions = self.place().sessions.clone();
         let Some(id) = self.seat().claimed.as_ref().map(|claimed| claimed.held.id.clone()) else {
             return ErrorDetail::out_of_memory();
         };
-        match runtime.fate(&id).await {
+        match sessions.0.fate(&id, Instant::now() + VERDICT_WAIT).await {
             Ok(Fate::Running { out_of_memory_kills: Some(kills) })
                 if kills <= self.seat().out_of_memory_kills =>
             {
@@ -760,19 +777,27 @@ impl Turn {
     }
 
     /// The sandbox is of no more use: removes it, and says what is known of the reason.
-    async fn lose(&mut self, error: supervisor::Error, timing: Timing) -> Done {
+    ///
+    /// Where that is not for sure, the sandbox stays, and the next run looks.
+    async fn lose(&mut self, error: supervisor::Error, expected: Instant, timing: Timing) -> Done {
         let (sessions, session) = (self.place().sessions.clone(), self.place().session.clone());
-        let id = self.seat().claimed.as_ref().expect("a sandbox was claimed before").held.id.clone();
-        let fate = sessions.0.fate_after(&error, &id).await;
+        let deadline = expected.max(Instant::now()) + VERDICT_WAIT;
+        let claimed = self.seat().claimed.as_mut().expect("a sandbox was claimed before");
+        let id = claimed.held.id.clone();
+        let fate = sessions.0.fate_after(&error, &id, deadline).await;
+        let error = match hear_out(&mut claimed.held.supervisor, error, &fate).await {
+            Ok(report) => return self.conclude(report, timing).await,
+            Err(error) => error,
+        };
         let deleted = session.glance().deleted;
         let reason = Loss::of(&error, &fate, deleted);
         let name = if reason == Loss::OutOfMemory { "MemoryError" } else { "SandboxLost" };
         let detail = ErrorDetail::new(reason.kind(), name, reason.text());
+        let lost = !reason.is_open();
         tracing::warn!(
             session = %session.key, sandbox = %id, reason = reason.label(), %error, ?fate,
-            "a sandbox was lost"
+            "{}", if lost { "a sandbox was lost" } else { "a sandbox is out of reach" }
         );
-        let lost = !matches!(reason, Loss::EngineGone | Loss::Cut);
         if lost {
             sessions.0.metrics.lost.with_label_values(&[reason.label()]).inc();
             self.give_up_sandbox();
@@ -808,20 +833,42 @@ impl Drop for Turn {
         // The client went away in the middle. Ends by the supervisor's own deadline.
         tokio::spawn(async move {
             let Some(claimed) = seat.claimed.as_mut() else { return };
+            let inner = &place.sessions.0;
             match claimed.held.supervisor.cancel().await {
                 Ok(()) => {}
                 Err(supervisor::Error::Ended) => seat.let_go(), // the next run looks what became of it
-                Err(_) => {
-                    tracing::warn!(session = %place.session.key, "a sandbox was lost: a run cannot be cancelled");
-                    let metrics = &place.sessions.0.metrics;
-                    metrics.lost.with_label_values(&[Loss::Unresponsive.label()]).inc();
-                    place.session.glance().sandbox = None;
-                    seat.empty();
-                    seat.lost = true; // which the next answer says
+                Err(error) => {
+                    let fate = inner.fate(&claimed.held.id, Instant::now() + VERDICT_WAIT).await;
+                    match hear_out(&mut claimed.held.supervisor, error, &fate).await {
+                        Ok(_) => {}
+                        Err(error) if Loss::of(&error, &fate, false).is_open() => seat.let_go(),
+                        Err(_) => {
+                            tracing::warn!(session = %place.session.key, "a sandbox was lost: a run cannot be cancelled");
+                            inner.metrics.lost.with_label_values(&[Loss::Unresponsive.label()]).inc();
+                            place.session.glance().sandbox = None;
+                            seat.empty();
+                            seat.lost = true; // which the next answer says
+                        }
+                    }
                 }
             }
-            place.sessions.0.metrics.runs.with_label_values(&[ErrorKind::Cancelled.as_str()]).inc();
+            inner.metrics.runs.with_label_values(&[ErrorKind::Cancelled.as_str()]).inc();
         });
+    }
+}
+
+/// An engine that was stopped keeps a supervisor silent that is well: its report, where it comes now that the engine
+/// answers.
+async fn hear_out(
+    supervisor: &mut supervisor::Supervisor,
+    error: supervisor::Error,
+    fate: &runtime::Result<Fate>,
+) -> Result<Report, supervisor::Error> {
+    match (error, fate) {
+        (supervisor::Error::Unresponsive, Ok(Fate::Running { .. })) => {
+            supervisor.late_report(Instant::now() + SILENCE).await
+        }
+        (error, _) => Err(error),
     }
 }
 
@@ -856,6 +903,11 @@ impl Loss {
             (E::Unresponsive, _) => Loss::Unresponsive,
             (E::Ended | E::NotBegun | E::Layer(_) | E::Probe(_), _) => Loss::Died,
         }
+    }
+
+    /// Whether the sandbox may well live.
+    fn is_open(self) -> bool {
+        matches!(self, Loss::EngineGone | Loss::Cut)
     }
 
     /// As in `error_detail.kind`.

@@ -4,19 +4,22 @@ set -euo pipefail
 
 usage() {
     cat <<'USAGE'
-usage: tests/engines.sh [--docker-26] up | down [--purge] | run COMMAND... | status
+usage: tests/engines.sh [--docker-26 | --only ENGINE] up | down [--purge] | run COMMAND... | revive | status
 
   up       brings up what is missing and prints `export` lines: eval "$(tests/engines.sh up)"
   run      brings up what is missing and runs COMMAND with those variables; takes the engines down again, unless
            `up` was asked for before or another `run` is still using them; ends with COMMAND's status
   down     removes all containers in these engines and stops them; images and what was downloaded stay
            --purge  deletes those, too
+  revive   starts again what a COMMAND of `run` has killed
   status   what answers, and where; fails where something does not
 
   --docker-26   with `up` and `run`: a dockerd 26.1 as well
+  --only        with `up` and `run`: this engine alone (docker, podman, podman-stdin, podman5, docker26)
 
 Needs root and Debian 12 or newer. Variables: ENGINES_DIR, where everything lies (/var/tmp/codesandbox-engines), and
-ENGINES_MIRROR, the Debian mirror (the one that apt uses). The ordinary user that Podman runs as stays: codesandbox-test.
+ENGINES_MIRROR, the Debian mirror (the one that apt uses); ENGINES_LIVE_RESTORE (true): whether Docker's containers
+outlive a daemon that is killed. The ordinary user that Podman runs as stays: codesandbox-test.
 
 What comes up, each on a socket of its own:
   TEST_DOCKER_HOST        this machine's Docker, as root
@@ -193,7 +196,7 @@ configure_docker() { # ENGINE
     "pidfile": "$home/daemon.pid",
     "bridge": "none",
     "iptables": false,
-    "live-restore": true,
+    "live-restore": ${ENGINES_LIVE_RESTORE:-true},
     "exec-opts": ["native.cgroupdriver=cgroupfs"],
     "cgroup-parent": "/$group"
 }
@@ -533,6 +536,7 @@ verb='' purge=''
 while [ $# -gt 0 ]; do
     case $1 in
         --docker-26) engines+=(docker26) ;;
+        --only) engines=("$2"); shift ;;
         --purge) purge=1 ;;
         -h | --help) usage; exit ;;
         -*) usage >&2; exit 2 ;;
@@ -541,7 +545,7 @@ while [ $# -gt 0 ]; do
     shift
 done
 case "$verb $#" in
-    "up 0" | "down 0" | "status 0" | "run "[1-9]*) ;;
+    "up 0" | "down 0" | "revive 0" | "status 0" | "run "[1-9]*) ;;
     *) usage >&2; exit 2 ;;
 esac
 [ "$(id -u)" = 0 ] || { say "root is needed"; exit 1; }
@@ -564,5 +568,9 @@ case $verb in
         [ -z "$purge" ] || purge
         ;;
     run) run "$@" ;;
+    revive)
+        lock
+        together "${engines[@]/#/start }"
+        ;;
     status) status ;;
 esac

@@ -271,9 +271,10 @@ impl Names {
         Some(Claim { owner: SessionKey(owner.to_owned()), at: UNIX_EPOCH + Duration::from_millis(at) })
     }
 
-    /// A container as `Runtime::list` gives it; `None` for a helper.
-    pub(super) fn found(&self, Listed { id, name, .. }: Listed) -> Option<Found> {
-        (!self.is_helper(&name)).then(|| Found { id, claim: self.claim_of(&name) })
+    /// A container as `Runtime::list` gives it. A helper is one that nobody has claimed: where its removal failed it
+    /// is cleared up as such.
+    pub(super) fn found(&self, Listed { id, name, .. }: Listed) -> Found {
+        Found { id, claim: self.claim_of(&name) }
     }
 }
 

@@ -535,7 +535,7 @@ impl Runtime for Docker {
 
     async fn list(&self) -> Result<Vec<Found>> {
         let containers = listed(&self.0.client, &self.0.settings.instance).await?;
-        Ok(containers.into_iter().filter_map(|container| self.0.names.found(container)).collect())
+        Ok(containers.into_iter().map(|container| self.0.names.found(container)).collect())
     }
 
     async fn fate(&self, id: &SandboxId) -> Result<Fate> {

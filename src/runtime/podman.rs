@@ -267,13 +267,26 @@ impl Podman {
             inner.remove(&helper.id).await?; // of a server that was killed in the middle
         }
         let inner = Arc::new(inner);
+        let podman = Podman(inner);
         if !left.is_empty() {
-            let early = inner.clone(); // somebody is about to come back to one of them
-            tokio::spawn(async move {
-                early.stdin_survives.get_or_try_init(|| early.stdin_survives()).await.ok().copied()
-            });
+            let early = podman.clone(); // somebody is about to come back to one of them
+            tokio::spawn(async move { early.knows_stdin().await });
         }
-        Ok(Podman(inner))
+        Ok(podman)
+    }
+}
+
+impl Podman {
+    /// Whether a container's stdin survives, tried once. In a task of its own: however slow the engine is and whoever
+    /// goes away, the container that it is tried with is removed, and the next caller gains by it.
+    async fn knows_stdin(&self) -> Result<bool> {
+        let inner = self.0.clone();
+        let tried = tokio::spawn(async move {
+            inner.stdin_survives.get_or_try_init(|| inner.stdin_survives()).await.copied()
+        });
+        tried.await.unwrap_or_else(|panic| {
+            Err(Error::failed("try a container's stdin")(std::io::Error::other(panic)))
+        })
     }
 }
 
@@ -473,10 +486,16 @@ impl Inner {
     /// Whether the operator's conmon keeps a container's stdin open (--leave-stdin-open): tried with a container
     /// that ends when its stdin does.
     async fn stdin_survives(&self) -> Result<bool> {
-        use tokio::io::{AsyncReadExt, AsyncWriteExt};
         let program = ["python3", "-I", "-S", "-c", STDIN_PROBE].map(str::to_owned).to_vec();
         let spec = SandboxSpec::smallest();
-        let Sandbox { id, mut stream } = self.make(self.names.helper()?, &spec, program).await?;
+        let Sandbox { id, stream } = self.make(self.names.helper()?, &spec, program).await?;
+        let survives = self.outlives_its_client(&id, stream).await;
+        self.remove(&id).await?;
+        survives
+    }
+
+    async fn outlives_its_client(&self, id: &SandboxId, mut stream: super::Duplex) -> Result<bool> {
+        use tokio::io::{AsyncReadExt, AsyncWriteExt};
         // An attach is acknowledged before it is wired: what comes back proves that it is.
         let answers = async |stream: &mut super::Duplex| {
             let echo = async {
@@ -490,14 +509,21 @@ impl Inner {
         drop(stream);
         let path = format!("/containers/{id}/wait?condition=exited");
         let end = self.raw.call(Method::POST, &path, &Value::Null);
-        let lives = tokio::time::timeout(END_WAIT, end).await.is_err(); // not for sure; the echo is
-        let survives = match self.attach(&id).await {
-            Ok(mut again) if wired && lives => answers(&mut again.stream).await,
-            _ => false,
-        };
-        self.remove(&id).await?;
-        tracing::debug!(wired, lives, survives, "tried whether a container's stdin stays open");
-        Ok(survives)
+        if let Ok(end) = tokio::time::timeout(END_WAIT, end).await {
+            tracing::debug!(wired, "a container ended with its stdin");
+            return end.map(|_| false).map_err(|failure| of(failure, id, "await"));
+        }
+        let mut again = self.attach(id).await?;
+        let survives = answers(&mut again.stream).await;
+        tracing::debug!(wired, survives, "a container did not end with its stdin");
+        // An engine in trouble is silent, too. Where the program had ended after all, the attach has undone that.
+        match survives || self.inspect(id).await?["State"]["Status"] != "running" {
+            true => Ok(survives),
+            false => Err(Error::Unavailable {
+                driver: DRIVER,
+                why: "a container's stdin neither stays open nor ends".into(),
+            }),
+        }
     }
 
     async fn remove(&self, id: &SandboxId) -> Result<()> {
@@ -647,7 +673,7 @@ impl Runtime for Podman {
         if !matches!(self.fate(id).await?, Fate::Running { .. }) {
             return Err(Error::Gone(id.clone()));
         }
-        match self.0.stdin_survives.get_or_try_init(|| self.0.stdin_survives()).await? {
+        match self.knows_stdin().await? {
             true => self.0.attach(id).await,
             false => {
                 self.0.is_deserted(id).await?;
@@ -671,7 +697,7 @@ impl Runtime for Podman {
 
     async fn list(&self) -> Result<Vec<Found>> {
         let containers = listed(&self.0.client, &self.0.settings.instance).await?;
-        Ok(containers.into_iter().filter_map(|container| self.0.names.found(container)).collect())
+        Ok(containers.into_iter().map(|container| self.0.names.found(container)).collect())
     }
 
     async fn fate(&self, id: &SandboxId) -> Result<Fate> {

@@ -1,6 +1,6 @@
 //! A supervisor without Python, for tests of the floors above on the fake engine.
 //!
-//! Its programs are words: `sleep 50` (milliseconds), `die`, `hang`, `garbage`, `raise`, `killed`; `write X`, which
+//! Its programs are words: `sleep 50` (milliseconds), `held 50` (its report is, for that long), `die`, `hang`, `garbage`, `raise`, `killed`; `write X`, which
 //! adds a line to its workspace and gives back its serial number and every line; anything else gives back its data
 //! as the result, or null.
 
@@ -58,6 +58,11 @@ async fn run(
             return None;
         }
         "hang" => return std::future::pending().await,
+        "held" => {
+            let held: u64 = words.next()?.parse().ok()?;
+            tokio::time::sleep(std::time::Duration::from_millis(held)).await;
+            ((-1, 1, 0), "null")
+        }
         "garbage" => {
             stream.write_all(&[b'x'; 64]).await.ok()?;
             return Some(());

@@ -137,6 +137,8 @@ pub struct Supervisor {
     grace: Duration,
     longest: usize,
     error_bytes: usize,
+    /// Of the last run.
+    timeout: Duration,
     state: State,
 }
 
@@ -171,6 +173,7 @@ impl Supervisor {
             grace: Duration::from_millis(caps.grace_ms) * 2,
             longest: parts as usize + LISTING_BYTES + REPORT_BYTES,
             error_bytes: caps.error as usize,
+            timeout: Duration::ZERO,
             state: State::Idle,
         };
         let nonce = nonce();
@@ -197,17 +200,22 @@ impl Supervisor {
         if !self.is_alive() {
             return Err(Error::NotBegun);
         }
+        self.timeout = run.timeout;
         let deadline = Instant::now() + run.timeout + self.grace;
         let nonce = nonce();
         let options = format!("{{\"timeout_ms\":{}}}", run.timeout.as_millis());
         let sections = [options.as_bytes(), run.code.as_bytes(), run.data.as_bytes(), run.stdin.as_bytes()];
         let converse = async {
             self.send(nonce, Request::Run, &sections).await.map_err(|_| Error::NotBegun)?;
-            self.receive(nonce, Answer::Done, self.longest).await
+            self.report(nonce).await
         };
-        let frame = timeout_at(deadline, converse).await.unwrap_or(Err(Error::Unresponsive))?;
-        self.rest();
-        Ok(Report::parse(protocol::sections(frame.payload)?, run.timeout, self.error_bytes)?)
+        timeout_at(deadline, converse).await.unwrap_or(Err(Error::Unresponsive))
+    }
+
+    /// The report of a run that was `Unresponsive`, where it comes after all: what lies between may have held it up.
+    pub async fn late_report(&mut self, deadline: Instant) -> Result<Report, Error> {
+        let State::Running { nonce } = self.state else { return Err(Error::Unresponsive) };
+        timeout_at(deadline, self.report(nonce)).await.unwrap_or(Err(Error::Unresponsive))
     }
 
     /// Whether, as far as can be seen without waiting, it is there and at rest: between runs its stream is open and
@@ -231,11 +239,9 @@ impl Supervisor {
         let deadline = Instant::now() + self.grace;
         let converse = async {
             self.send(nonce, Request::Interrupt, &[]).await?;
-            self.receive(nonce, Answer::Done, self.longest).await
+            self.report(nonce).await
         };
-        timeout_at(deadline, converse).await.unwrap_or(Err(Error::Unresponsive))?;
-        self.rest();
-        Ok(())
+        timeout_at(deadline, converse).await.unwrap_or(Err(Error::Unresponsive)).map(drop)
     }
 
     /// What the layers are worth, tried from inside; the engine's own claims are `layers`.
@@ -297,6 +303,12 @@ impl Supervisor {
             }
             self.fill().await?;
         }
+    }
+
+    async fn report(&mut self, nonce: u64) -> Result<Report, Error> {
+        let frame = self.receive(nonce, Answer::Done, self.longest).await?;
+        self.rest();
+        Ok(Report::parse(protocol::sections(frame.payload)?, self.timeout, self.error_bytes)?)
     }
 
     async fn receive(&mut self, nonce: u64, kind: Answer, longest: usize) -> Result<Frame, Error> {

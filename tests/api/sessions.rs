@@ -8,7 +8,7 @@ use async_trait::async_trait;
 use codesandbox::metrics::Metrics;
 use codesandbox::pool::{self, Pool};
 use codesandbox::reaper::reap;
-use codesandbox::runtime::fake::{Call, Fake};
+use codesandbox::runtime::fake::{Call, Fake, Fault};
 use codesandbox::runtime::{
     self, Claiming, Engine, Fate, Found, KeySecret, Runtime, Sandbox, SandboxId, SandboxSpec, SessionKey,
 };
@@ -555,6 +555,65 @@ async fn a_client_gone_from_a_hanging_sandbox_loses_it_in_bounded_time() {
     let done = house.run("u", "1").await.unwrap();
     assert!(done.outcome.is_ok() && begun.elapsed() < 5 * SECOND, "{:?}", begun.elapsed());
     assert_eq!((house.fake.created(), house.outcomes("cancelled")), (2, 1));
+    house.close(SECOND).await;
+}
+
+/// What an engine that was stopped looks like: the stream is silent, and comes back a moment after the engine.
+#[tokio::test(start_paused = true)]
+async fn a_report_that_comes_with_the_engines_next_answer_is_no_loss() {
+    let house = House::new(PLAN);
+    house.run("u", "write a").await.unwrap();
+    let (timeout, grace) = (30_000, 2 * 1000); // the supervisor's word is due after both
+    let done = house.run("u", &format!("held {}", timeout + grace + 300)).await.unwrap();
+    assert!(done.outcome.is_ok() && !done.lost, "{:?}", done.outcome);
+    let done = house.run("u", "write b").await.unwrap();
+    assert_eq!(done.outcome.unwrap().get(), r#"{"files":["a","b"],"serial":0}"#);
+    house.close(SECOND).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_sandbox_is_silent_and_so_is_its_engine_which_proves_nothing_and_is_told_in_time() {
+    let house = House::new(PLAN);
+    house.run("u", "write a").await.unwrap();
+    house.fake.fault_next(Call::Fate, Fault::Late(60 * SECOND));
+    let begun = Instant::now();
+    let done = house.run("u", "hang").await.unwrap();
+    assert_eq!((kind(&done), done.lost), (Some(ErrorKind::Crashed), false));
+    assert!(
+        begun.elapsed() <= (30 + 1 + 5) * SECOND,
+        "its time, the grace and a margin: {:?}",
+        begun.elapsed()
+    );
+    let done = house.run("u", "write b").await.unwrap();
+    assert_eq!((done.lost, done.outcome.unwrap().get()), (false, r#"{"files":["a","b"],"serial":0}"#));
+    house.close(SECOND).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_client_gone_while_the_engine_is_silent_costs_no_files() {
+    let house = House::new(PLAN);
+    house.run("u", "write a").await.unwrap();
+    house.fake.fault_next(Call::Fate, Fault::Late(60 * SECOND));
+    house.begin("u", "hang").await.abort();
+    let done = house.run("u", "write b").await.unwrap();
+    assert_eq!((done.lost, done.outcome.unwrap().get()), (false, r#"{"files":["a","b"],"serial":0}"#));
+    house.close(SECOND).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn warm_sandboxes_whose_streams_ended_are_no_sign_of_an_engine_that_works() {
+    let house = House::new(Plan { size: 2, ..PLAN });
+    settle().await;
+    assert_eq!((house.sessions.pool().warm(), house.sessions.readiness()), (2, Ok(())));
+    for _ in 0..20 {
+        house.fake.fail_next(Call::Create);
+    }
+    (0..2).for_each(|serial| house.fake.cut(serial));
+    sleep(15 * SECOND).await; // nobody comes
+    assert_eq!(house.sessions.readiness(), Err("the engine makes no sandboxes"));
+    house.fake.mend();
+    sleep(15 * SECOND).await;
+    assert_eq!((house.sessions.pool().warm(), house.sessions.readiness()), (2, Ok(())));
     house.close(SECOND).await;
 }
 

@@ -3,7 +3,7 @@
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
@@ -75,12 +75,31 @@ impl Engine {
 
     /// The containers of the instances that begin so: their ids.
     pub(crate) fn containers_of(&self, instance: &str) -> Vec<String> {
-        let all = self.get("/containers/json?all=1");
-        let all = all.as_array().into_iter().flatten();
-        let ours = all.filter(|container| {
+        let ours = self.list_of(instance).into_iter();
+        ours.filter_map(|container| Some(container["Id"].as_str()?.to_owned())).collect()
+    }
+
+    /// And their names.
+    pub(crate) fn names_of(&self, instance: &str) -> Vec<String> {
+        let ours = self.list_of(instance).into_iter();
+        ours.filter_map(|container| Some(container["Names"][0].as_str()?.to_owned())).collect()
+    }
+
+    fn list_of(&self, instance: &str) -> Vec<Value> {
+        let path = "/containers/json?all=1";
+        let begun = Instant::now();
+        let mut all: Vec<Value> = loop {
+            match self.ask("GET", path, &Value::Null) {
+                Ok((200, text)) => break serde_json::from_str(&text).expect("a list is a list"),
+                // Podman's fails while anybody's container is being removed.
+                other => assert!(begun.elapsed() < PATIENCE, "{path}: {other:?}"),
+            }
+            std::thread::sleep(Duration::from_millis(50));
+        };
+        all.retain(|container| {
             container["Labels"][INSTANCE_LABEL].as_str().is_some_and(|label| label.starts_with(instance))
         });
-        ours.filter_map(|container| Some(container["Id"].as_str()?.to_owned())).collect()
+        all
     }
 
     /// A container that is none of ours, unless its labels say so.
@@ -101,7 +120,7 @@ impl Engine {
 
     /// Fine where it is gone already.
     pub(crate) fn remove(&self, id: &str) {
-        let path = format!("/containers/{id}?force=1&v=1");
+        let path = format!("/containers/{id}?force=1&v=1&timeout=0"); // without it Podman waits for ten seconds
         let (status, text) = self.ask("DELETE", &path, &Value::Null).unwrap();
         assert!([200, 204, 404, 409].contains(&status), "{status} {text}");
     }

@@ -9,6 +9,7 @@
 #[macro_use]
 mod behaviour;
 mod contract;
+mod daemon;
 mod drivers;
 mod engine;
 mod fates;
@@ -22,6 +23,7 @@ mod runtime;
 #[allow(dead_code)]
 #[path = "../api/support.rs"]
 mod support;
+mod trouble;
 
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -50,7 +52,7 @@ fn main() -> ExitCode {
 /// Every behaviour that a driver is held to.
 ///
 /// Other versions of an engine, and other ways to set it up, differ in the API and in what outlives a server: they
-/// are held to the contract, the driver's own, the fates and the recovery. What a program meets inside is the kernel,
+/// are held to the contract, the driver's own, the fates, the recovery and the trouble. What a program meets inside is the kernel,
 /// the image and the settings that the driver asks for, which are the same: that is tried on one of each kind.
 fn behaviours_of(name: &str) -> Vec<Behaviour> {
     let mut all = contract::behaviours();
@@ -58,7 +60,12 @@ fn behaviours_of(name: &str) -> Vec<Behaviour> {
         all.extend([isolation::behaviours(), hostile::behaviours()].concat());
     }
     if !name.starts_with("embedded") {
-        all.extend([fates::behaviours(), pythons::behaviours(), recovery::behaviours()].concat());
+        let parts =
+            [fates::behaviours(), pythons::behaviours(), recovery::behaviours(), trouble::behaviours()];
+        all.extend(parts.concat());
+    }
+    if drivers::may_die(name) {
+        all.extend(daemon::behaviours());
     }
     all.extend(runtime::behaviours());
     all
