@@ -195,9 +195,9 @@ fn caps(config: &Config, unenforced: &[Limit]) -> Caps {
 
 fn pool_settings(config: &Config, caps: Caps) -> pool::Settings {
     pool::Settings {
-        size: config.pool.size,
+        size: config.pool.size.min(config.session.max),
         starting_max: config.pool.starting_max,
-        capacity: config.session.max + config.pool.size,
+        capacity: config.session.max + config.pool.size.min(config.session.max),
         create_timeout: config.limits.create_timeout,
         wait_timeout: config.pool.wait_timeout,
         recycle_after: config.pool.recycle_after,

@@ -440,7 +440,13 @@ impl Layers {
         need((64..=10_000_000).contains(&limits.inodes), "limits.inodes", "must be from 64 to 10000000")?;
         need((1..=100_000).contains(&limits.listing), "limits.listing", "must be from 1 to 100000")?;
         need(limits.code <= limits.body, "limits.code", "must not be more than limits.body")?;
-        need(pool.size <= session.max, "pool.size", "must not be more than session.max")?;
+        let stated = self.place("pool.size") != "default"; // the default gives way
+        need(pool.size <= session.max || !stated, "pool.size", "must not be more than session.max")?;
+        for (key, time) in
+            [("pool.recycle_after", pool.recycle_after), ("pool.reconcile_period", pool.reconcile_period)]
+        {
+            need(time >= Duration::from_millis(100), key, "must be at least 100ms")?;
+        }
         need(pool.idle_after < LONGEST, "pool.idle_after", "must be less than 100 years")?;
         need(
             shutdown.sessions == SessionsAtShutdown::Remove || config.driver != Driver::Embedded,

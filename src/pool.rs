@@ -242,19 +242,26 @@ impl Pool {
         let mut dead = HashSet::new();
         for id in ids {
             // An engine that does not answer proves nothing.
-            if !matches!(self.runtime().fate(&id).await, Ok(Fate::Running { .. }) | Err(_)) {
-                dead.insert(id);
+            match self.runtime().fate(&id).await {
+                Ok(Fate::Running { .. }) | Err(_) => continue,
+                Ok(Fate::Gone) => self.0.engine.metrics.reconciled.with_label_values(&["missing"]).inc(),
+                Ok(Fate::Exited { .. } | Fate::OutOfMemory | Fate::Paused) => {}
             }
+            dead.insert(id);
         }
         self.0.sift(|ready| dead.contains(&ready.held.id));
         self.0.changed.notify_one();
     }
 
-    /// Removes all that waits and makes no more, then waits until no more than `left` sandboxes are there: what is
-    /// claimed is its session's to give back.
-    pub async fn close(&self, left: usize) {
+    /// Makes no more, removes all that waits for a user, and tells the users who wait.
+    pub fn stop(&self) {
         let warm = self.0.ledger().close();
         drop(warm);
+    }
+
+    /// Stops, and waits until no more than `left` sandboxes are there: what is claimed is its session's to give back.
+    pub async fn close(&self, left: usize) {
+        self.stop();
         self.0.capacity.returned(left).await;
     }
 }

@@ -28,6 +28,8 @@ pub struct Reconciler {
     settings: Settings,
     /// Sandboxes that nobody knows of, and when they are to be cleared up.
     strangers: HashMap<SandboxId, Instant>,
+    /// Of these, the ones that were there at the start.
+    left: HashSet<SandboxId>,
 }
 
 impl Reconciler {
@@ -37,8 +39,9 @@ impl Reconciler {
             left.into_iter().partition(|found| found.claim.is_some());
         sessions.recover(claimed);
         let due = Instant::now() + CLAIM_GRACE;
-        let strangers = unclaimed.into_iter().map(|found| (found.id, due)).collect();
-        Reconciler { sessions, settings, strangers }
+        let left: HashSet<_> = unclaimed.into_iter().map(|found| found.id).collect();
+        let strangers = left.iter().map(|id| (id.clone(), due)).collect();
+        Reconciler { sessions, settings, strangers, left }
     }
 
     /// Never ends by itself: its owner drops it.
@@ -74,16 +77,20 @@ impl Reconciler {
     fn clear_up(&mut self, found: Vec<Found>) {
         let now = Instant::now();
         let pool = self.sessions.pool();
-        let mut due = Vec::new();
+        let (mut left, mut due) = (Vec::new(), Vec::new());
         for found in found {
             if pool.knows(&found.id) {
                 self.strangers.remove(&found.id);
             } else if *self.strangers.entry(found.id.clone()).or_insert(now + self.settings.grace) <= now {
                 self.strangers.remove(&found.id);
-                tracing::warn!(sandbox = %found.id, claimed = found.claim.is_some(), "a sandbox that nobody knew");
-                due.push(found);
+                if self.left.remove(&found.id) {
+                    left.push(found);
+                } else {
+                    tracing::warn!(sandbox = %found.id, claimed = found.claim.is_some(), "a sandbox that nobody knew");
+                    due.push(found);
+                }
             }
         }
-        self.sessions.unknown(due);
+        self.sessions.unknown(left, due);
     }
 }

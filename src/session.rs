@@ -4,6 +4,7 @@
 //! up for it, first come first served. A seat is held across awaits only inside a `Turn`, whose drop
 //! brings the sandbox back to rest when the client went away in the middle.
 
+use std::collections::hash_map::Entry;
 use std::collections::{HashMap, HashSet};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -75,6 +76,12 @@ pub enum Error {
     #[error("all sessions are in use")]
     TooMany {
         /// Until one may be free.
+        retry_after: Duration,
+    },
+    /// More users wait for a sandbox than can be served in time.
+    #[error("too many new users wait for a sandbox")]
+    Crowded {
+        /// How long the wait is, by the measured rate.
         retry_after: Duration,
     },
     /// The server is stopping.
@@ -239,16 +246,19 @@ impl Sessions {
         for (Claim { owner, at }, id) in claims {
             let now = Instant::now();
             let since = now.checked_sub(at.elapsed().unwrap_or_default()).unwrap_or(now);
-            if self.0.table().contains_key(&owner) {
+            let mut table = self.0.table();
+            let Entry::Vacant(place) = table.entry(owner.clone()) else {
+                drop(table);
                 tracing::warn!(session = %owner, sandbox = %id, "removes an earlier sandbox of a session");
                 self.forsake(id);
                 continue;
-            }
+            };
             let kept = self.0.pool.keep(id.clone(), since); // even where they are more than may be: it has files
-            let session = Session::new(owner.clone());
+            let session = Session::new(owner);
             session.glance().sandbox = Some((id, at, since));
             session.seat.try_lock().expect("nobody else knows of it yet").kept = Some(kept);
-            self.0.table().insert(owner, Arc::new(session));
+            place.insert(Arc::new(session));
+            drop(table);
             self.0.metrics.recovered.with_label_values(&["kept"]).inc();
         }
         self.0.metrics.sessions.set(self.0.table().len() as i64);
@@ -272,10 +282,13 @@ impl Sessions {
         }
     }
 
-    /// The engine has these, and nobody knew of them.
-    pub(crate) fn unknown(&self, found: Vec<Found>) {
+    /// The engine has these, and nobody knew of them: some `left` by an earlier server, some `found` later.
+    pub(crate) fn unknown(&self, left: Vec<Found>, found: Vec<Found>) {
+        if self.0.draining.load(Ordering::SeqCst) {
+            return; // what it has just left to a later server is among them
+        }
         self.0.metrics.reconciled.with_label_values(&["unknown"]).inc_by(found.len() as u64);
-        self.recover(found);
+        self.recover(left.into_iter().chain(found).collect());
     }
 
     fn forsake(&self, id: SandboxId) {
@@ -318,6 +331,7 @@ impl Sessions {
     pub async fn drain(&self, deadline: Instant) {
         self.0.draining.store(true, Ordering::SeqCst);
         self.0.metrics.ready.set(0.0);
+        self.0.pool.stop();
         let sessions = self.0.all();
         self.0.table().clear();
         let mut left = 0;
@@ -350,7 +364,7 @@ impl Sessions {
             }
         };
         if tokio::time::timeout_at(deadline + REMOVAL_WAIT, cleared).await.is_err() {
-            tracing::warn!("sandboxes are left on the engine: the next start clears them up");
+            tracing::warn!("the engine has not removed all sandboxes in time: the next start does");
         }
     }
 
@@ -387,7 +401,7 @@ impl Sessions {
                 next = next.min(expiry);
                 continue;
             }
-            self.0.table().remove(&session.key);
+            self.0.strike_off(&session);
             self.0.ended(reason);
             self.0.close(seat);
         }
@@ -416,7 +430,11 @@ impl Sessions {
         }
         let mut table = self.0.table();
         if !table.contains_key(key) && table.len() >= self.0.settings.max {
-            let expiries = table.values().map(|session| self.0.expiry(session).0);
+            let soonest = |session: &Arc<Session>| match session.queued.load(Ordering::SeqCst) {
+                0 => self.0.expiry(session).0,
+                _ => Instant::now() + self.0.settings.idle_timeout,
+            };
+            let expiries = table.values().map(soonest);
             let retry_after = expiries.min().map_or(Duration::ZERO, |expiry| expiry - Instant::now());
             return Err(Error::TooMany { retry_after });
         }
@@ -454,6 +472,15 @@ impl Sessions {
 impl Inner {
     fn table(&self) -> MutexGuard<'_, HashMap<SessionKey, Arc<Session>>> {
         self.table.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Takes a session out of the table, where it is still the one that stands there.
+    fn strike_off(&self, session: &Arc<Session>) {
+        let mut table = self.table();
+        if table.get(&session.key).is_some_and(|other| Arc::ptr_eq(other, session)) {
+            table.remove(&session.key);
+        }
+        self.metrics.sessions.set(table.len() as i64);
     }
 
     /// In an order that repeats itself.
@@ -601,12 +628,7 @@ impl Place {
     /// A session without a sandbox is none: it must not count against the most that there may be.
     fn leave(&self, seat: &mut Seat) {
         if !std::mem::replace(&mut seat.closed, true) {
-            let inner = &self.sessions.0;
-            let mut table = inner.table();
-            if table.get(&self.session.key).is_some_and(|session| Arc::ptr_eq(session, &self.session)) {
-                table.remove(&self.session.key);
-            }
-            inner.metrics.sessions.set(table.len() as i64);
+            self.sessions.0.strike_off(&self.session);
         }
     }
 }
@@ -715,7 +737,11 @@ impl Turn {
 
     async fn claim(&mut self) -> Result<(), Error> {
         let (sessions, session) = (self.place().sessions.clone(), self.place().session.clone());
-        let claimed = sessions.0.pool.claim(&session.key).await?;
+        let claimed = sessions.0.pool.claim(&session.key).await.map_err(|error| match error {
+            pool::Error::Closed => Error::Draining,
+            pool::Error::Crowded { retry_after } => Error::Crowded { retry_after },
+            error => Error::Unavailable(error),
+        })?;
         if sessions.0.draining.load(Ordering::SeqCst) {
             return Err(Error::Draining);
         }

@@ -46,7 +46,10 @@ pub(super) fn only_one(config: &Config) -> Result<Option<UnixListener>, Failure>
         Driver::Docker => docker_settings(config).url,
         Driver::Podman => podman_settings(config).url,
     };
-    let hash = Sha256::digest(format!("{url}\n{}", config.instance));
+    // One socket has many names: /var/run is a link to /run.
+    let socket = url.strip_prefix("unix://").and_then(|path| std::fs::canonicalize(path).ok());
+    let place = socket.map_or_else(|| url.clone(), |path| path.display().to_string());
+    let hash = Sha256::digest(format!("{place}\n{}", config.instance));
     let name = SocketAddr::from_abstract_name(format!("codesandbox-{}", hex::encode(hash)))?;
     match UnixListener::bind_addr(&name) {
         Ok(listener) => Ok(Some(listener)),

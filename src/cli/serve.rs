@@ -38,6 +38,7 @@ pub(super) async fn serve(config: Config) -> Result<ExitCode, Failure> {
         () = &mut serving => unreachable!("nobody has stopped it"),
         () = signals.next() => drop(stopping),
     }
+    background.abort_all(); // what is left to a later server is not to be taken up again
     tracing::info!("stopping: runs may take {:?} to end", config.shutdown.timeout);
     tokio::select! {
         () = serving => {}
@@ -46,7 +47,6 @@ pub(super) async fn serve(config: Config) -> Result<ExitCode, Failure> {
             std::process::exit(1); // waits for nothing
         }
     }
-    background.abort_all();
     tracing::info!("stopped");
     Ok(ExitCode::SUCCESS)
 }

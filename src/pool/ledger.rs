@@ -104,7 +104,8 @@ impl<T> Ledger<T> {
             });
         }
         let expected = self.expected_wait();
-        if expected > self.plan.wait_timeout {
+        // However slow one is: somebody has to try.
+        if expected > self.plan.wait_timeout && self.waiting.len() >= self.plan.starting_max {
             return Claim::Refused(Error::Crowded { retry_after: expected });
         }
         let how = if self.starting > self.waiting.len() { "wait" } else { "miss" };

@@ -37,10 +37,14 @@ impl BodyRoom {
         let length = announced.unwrap_or(most);
         let units = u32::try_from(length.div_ceil(UNIT_BYTES).max(1)).unwrap_or(u32::MAX);
         let room = within(settings.body_timeout, self.0.acquire_many(units)).await;
-        let room = room.ok_or(Error::Overloaded)?.map_err(|_| Error::Overloaded)?;
+        let mut room = room.ok_or(Error::Overloaded)?.map_err(|_| Error::Overloaded)?;
         let all = collect(body, announced.unwrap_or(0), most);
         let body = within(settings.body_timeout, all).await;
-        Ok((body.ok_or(Error::RequestTimeout(settings.body_timeout))??, room))
+        let body = body.ok_or(Error::RequestTimeout(settings.body_timeout))??;
+        // One that did not announce its length had room for the longest.
+        let surplus = (units as usize).saturating_sub(body.len().div_ceil(UNIT_BYTES).max(1));
+        drop(room.split(surplus));
+        Ok((body, room))
     }
 }
 

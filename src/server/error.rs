@@ -65,6 +65,7 @@ impl Error {
             Error::Session(session::Error::TooMany { .. }) => {
                 (StatusCode::TOO_MANY_REQUESTS, "too_many_sessions")
             }
+            Error::Session(session::Error::Crowded { .. }) => (StatusCode::SERVICE_UNAVAILABLE, "overloaded"),
             Error::Session(session::Error::Draining) => (StatusCode::SERVICE_UNAVAILABLE, "draining"),
             Error::Session(session::Error::Unavailable(_)) => {
                 (StatusCode::SERVICE_UNAVAILABLE, "engine_unavailable")
@@ -78,7 +79,9 @@ impl Error {
     pub(super) fn retry_after(&self) -> Option<u64> {
         let time = match self {
             Error::Session(
-                session::Error::TooMany { retry_after } | session::Error::Busy { retry_after },
+                session::Error::TooMany { retry_after }
+                | session::Error::Busy { retry_after }
+                | session::Error::Crowded { retry_after },
             ) => *retry_after,
             Error::Session(session::Error::Unavailable(error)) => {
                 error.retry_after().unwrap_or(Duration::from_secs(1))

@@ -751,6 +751,50 @@ async fn a_drain_waits_for_runs_takes_no_more_and_leaves_nothing() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_drain_tells_new_users_who_wait_for_a_sandbox_and_makes_none_for_them() {
+    let house = House::new(Plan { pause: 5 * SECOND, max: 20, ..PLAN });
+    let mut tasks = Vec::new();
+    for user in 0..10 {
+        tasks.push(house.begin(&user.to_string(), "1").await);
+    }
+    let begun = Instant::now();
+    let sessions = house.sessions.clone();
+    let draining = tokio::spawn(async move { sessions.drain(begun + 30 * SECOND).await });
+    for task in tasks {
+        assert!(matches!(task.await.unwrap(), Err(Error::Draining)));
+    }
+    assert!(begun.elapsed() < SECOND, "{:?}", begun.elapsed());
+    draining.await.unwrap();
+    assert!(house.fake.created() <= 2, "{} were made", house.fake.created());
+    house.close(SECOND).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_creation_that_takes_longer_than_anybody_waits_is_tried_all_the_same() {
+    let house = House::new(Plan { pause: 15 * SECOND, max: 20, ..PLAN });
+    assert!(house.run("a", "1").await.is_ok());
+    let mut tasks = Vec::new();
+    for user in 0..12 {
+        tasks.push(house.begin(&user.to_string(), "1").await);
+    }
+    // 15 s each, two at a time, and nobody waits for longer than a minute.
+    let (mut served, mut refused) = (0, 0);
+    for task in tasks {
+        match task.await.unwrap() {
+            Ok(_) => served += 1,
+            Err(Error::Crowded { retry_after }) => {
+                assert!(retry_after >= 30 * SECOND, "{retry_after:?}");
+                refused += 1;
+            }
+            Err(error) => panic!("{error}"),
+        }
+    }
+    assert!(served >= 6 && refused >= 4, "{served} served, {refused} refused");
+    assert!(house.run("z", "1").await.is_ok(), "and again");
+    house.close(LONG).await;
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_drain_cuts_what_does_not_end_in_time() {
     let house = House::new(PLAN);
     let running = house.begin("u", "sleep 25000").await;
