@@ -11,7 +11,7 @@ use std::collections::HashSet;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
-use tokio::sync::{Notify, oneshot};
+use tokio::sync::{Notify, Semaphore, oneshot};
 use tokio::time::Instant;
 
 use crate::metrics::{Counted, Metrics};
@@ -112,6 +112,9 @@ struct Inner {
     engine: Engine,
     settings: Settings,
     capacity: Arc<Capacity>,
+    /// Kept sandboxes that may be attached to at once: those who come back all together are served in order, the
+    /// first of them soon.
+    attaching: Semaphore,
     ledger: Mutex<Ledger<Ready>>,
     /// Told of everything that may call for a creation.
     changed: Arc<Notify>,
@@ -131,6 +134,7 @@ impl Pool {
         let pool = Pool(Arc::new(Inner {
             engine: Engine { runtime, metrics, jitter: Arc::new(Jitter::new(settings.seed)) },
             capacity: Capacity::new(settings.capacity),
+            attaching: Semaphore::new(plan.starting_max),
             settings,
             ledger: Mutex::new(Ledger::new(plan, Instant::now())),
             changed: Arc::new(Notify::new()),
@@ -200,8 +204,11 @@ impl Pool {
         drop(Made::new(self.0.engine.clone(), id, permit));
     }
 
-    /// Talks to a kept sandbox again. May be dropped at any await, and tried again.
+    /// Talks to a kept sandbox again, after those who came before. May be dropped at any await, and tried again.
     pub async fn attach(&self, kept: &Kept) -> Result<Supervisor, Error> {
+        let limit = self.0.settings.wait_timeout;
+        let turn = tokio::time::timeout(limit, self.0.attaching.acquire()).await;
+        let _turn = turn.map_err(|_| Error::Late(limit))?.expect("never closed");
         match self.attach_once(kept).await {
             // The engine may have lost the stream, as it did before: twice in a row it is the sandbox.
             Err(Error::Supervisor(supervisor::Error::Ended | supervisor::Error::Unresponsive)) => {

@@ -232,7 +232,11 @@ impl Podman {
             Raw::new(&settings.url, API).ok_or_else(|| unusable("expected unix:// or tcp://".into()))?;
         let client = Client::new(&settings.url).map_err(|error| unusable(error.to_string()))?;
         // podman-api's own `info` fails on fields that came after Podman 4.
-        let info = within("info", raw.call(Method::GET, "/info", &Value::Null)).await;
+        // Both take long where containers are many: they do so at once.
+        let (info, left) = tokio::join!(
+            within("info", raw.call(Method::GET, "/info", &Value::Null)),
+            listed(&client, &settings.instance)
+        );
         let host = Host::of(&info.map_err(|error| unusable(error.to_string()))?);
         check_runtime(&host, &settings)?;
         let uids = uids(&host, &settings)?;
@@ -246,7 +250,7 @@ impl Podman {
                 Files { profile, hosts: Some(write(place("hosts"), HOSTS)?) }
             }
         };
-        let left = listed(&client, &settings.instance).await?;
+        let left = left?;
         let names = Names::new(&settings.instance);
         let secret = container::secret_of(&names, &left);
         let mut inner = Inner {
