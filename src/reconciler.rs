@@ -67,19 +67,19 @@ impl Reconciler {
             }
         };
         let listed: HashSet<_> = found.iter().map(|found| &found.id).collect();
-        self.sessions.missing(&known.into_iter().filter(|id| !listed.contains(id)).collect());
+        self.sessions.missing(&known.iter().filter(|id| !listed.contains(id)).cloned().collect());
         self.strangers.retain(|id, _| listed.contains(id));
-        self.clear_up(found);
+        self.clear_up(found, &known);
         self.sessions.pool().check().await;
     }
 
-    /// Of those that nobody knows of: what is due.
-    fn clear_up(&mut self, found: Vec<Found>) {
+    /// Of those that nobody knows of: what is due. One that was `known` before the list may have been removed since.
+    fn clear_up(&mut self, found: Vec<Found>, known: &HashSet<SandboxId>) {
         let now = Instant::now();
         let pool = self.sessions.pool();
         let (mut left, mut due) = (Vec::new(), Vec::new());
         for found in found {
-            if pool.knows(&found.id) {
+            if known.contains(&found.id) || pool.knows(&found.id) {
                 self.strangers.remove(&found.id);
             } else if *self.strangers.entry(found.id.clone()).or_insert(now + self.settings.grace) <= now {
                 self.strangers.remove(&found.id);
