@@ -188,6 +188,7 @@ fn caps(config: &Config, unenforced: &[Limit]) -> Caps {
         result: limits.result.0,
         error: limits.error.0,
         listing_lines: limits.listing,
+        artifacts: limits.artifacts.0,
         grace_ms: (limits.grace.as_millis() / 2) as u64,
         rlimits: memory.into_iter().flatten().chain(processes).collect(),
     }

@@ -113,6 +113,8 @@ pub struct Limits {
     pub stderr: ByteSize,
     pub error: ByteSize,
     pub listing: u64,
+    /// Bytes of figures and displayed values in an answer; 0 for none.
+    pub artifacts: ByteSize,
 }
 
 #[derive(Debug, Clone, Deserialize)]

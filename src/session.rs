@@ -5,7 +5,7 @@
 //! brings the sandbox back to rest when the client went away in the middle.
 
 use std::collections::hash_map::Entry;
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime};
@@ -20,7 +20,7 @@ use tokio::time::Instant;
 use crate::metrics::Metrics;
 use crate::pool::{self, Claimed, Kept, Pool};
 use crate::runtime::{self, Claim, Fate, Found, KeySecret, SandboxId, SessionKey};
-use crate::supervisor::{self, ErrorDetail, ErrorKind, Field, Outcome, Report, Run};
+use crate::supervisor::{self, Artifact, ErrorDetail, ErrorKind, Field, Outcome, Report, Run};
 
 /// The reaper looks at least that often, whatever it expects.
 const LONGEST_SLEEP: Duration = Duration::from_secs(60);
@@ -87,6 +87,9 @@ pub enum Error {
     /// The server is stopping.
     #[error("the server is stopping")]
     Draining,
+    /// There is nothing to interrupt.
+    #[error("no run of this user_id goes on")]
+    NotRunning,
     /// No sandbox could be had.
     #[error("no sandbox could be had: {0}")]
     Unavailable(#[from] pool::Error),
@@ -103,8 +106,14 @@ pub struct Done {
     pub stderr: String,
     /// The workspace after the run.
     pub workspace_files: Vec<String>,
+    /// Figures that were open at the end.
+    pub artifacts: Vec<Artifact>,
+    /// The value as a page would show it, by media type.
+    pub display: BTreeMap<String, String>,
     /// What was cut at its cap.
     pub truncated: Vec<Field>,
+    /// The kernel is gone, with its variables; the files are there.
+    pub kernel_lost: bool,
     /// The sandbox had to be destroyed, and the files with it.
     pub lost: bool,
     /// Where the time went.
@@ -173,6 +182,8 @@ struct Glance {
     last_end: Instant,
     /// Of a run, in the session's own turn.
     mean: Option<Duration>,
+    /// Interrupts the run that goes on.
+    interrupt: Option<Arc<Notify>>,
     deleted: bool,
 }
 
@@ -229,6 +240,17 @@ impl Sessions {
         done.lost |= std::mem::take(&mut turn.seat().lost);
         self.count(&done);
         Ok(done)
+    }
+
+    /// Interrupts the run that goes on, as Ctrl-C would; those that wait for their turn stay.
+    ///
+    /// # Errors
+    /// `NotRunning`.
+    pub fn interrupt(&self, owner: Owner<'_>) -> Result<(), Error> {
+        let session = self.0.table().get(&self.key(owner)).cloned().ok_or(Error::NotRunning)?;
+        let glance = session.glance();
+        glance.interrupt.as_ref().ok_or(Error::NotRunning)?.notify_one();
+        Ok(())
     }
 
     /// Takes up sandboxes of an earlier server: claimed ones with their files, each for the session that it belonged
@@ -588,7 +610,8 @@ impl Seat {
 
 impl Session {
     fn new(key: SessionKey) -> Session {
-        let glance = Glance { sandbox: None, last_end: Instant::now(), mean: None, deleted: false };
+        let glance =
+            Glance { sandbox: None, last_end: Instant::now(), mean: None, interrupt: None, deleted: false };
         Session { key, seat: Arc::default(), queued: AtomicUsize::new(0), glance: Mutex::new(glance) }
     }
 
@@ -622,7 +645,9 @@ struct Place {
 impl Place {
     async fn take_seat(self) -> Turn {
         let seat = self.session.seat.clone().lock_owned().await;
-        Turn { seat: Some(seat), place: Some(self) }
+        let interrupt = Arc::new(Notify::new());
+        self.session.glance().interrupt = Some(interrupt.clone());
+        Turn { seat: Some(seat), place: Some(self), interrupt }
     }
 
     /// A session without a sandbox is none: it must not count against the most that there may be.
@@ -640,10 +665,11 @@ impl Drop for Place {
     }
 }
 
-/// The right to use a session's sandbox. Both fields are there until it is dropped.
+/// The right to use a session's sandbox. Seat and place are there until it is dropped.
 struct Turn {
     seat: Option<OwnedMutexGuard<Seat>>,
     place: Option<Place>,
+    interrupt: Arc<Notify>,
 }
 
 impl Turn {
@@ -669,8 +695,9 @@ impl Turn {
         loop {
             let new = self.have_sandbox(if attempts == 1 { "not_recovered" } else { "idle" }).await?;
             let claimed = Instant::now();
+            let interrupt = self.interrupt.clone();
             let Some(supervisor) = self.supervisor() else { return Ok(None) };
-            let answer = supervisor.run(run).await;
+            let answer = supervisor.run(&Run { interrupt: Some(&interrupt), ..*run }).await;
             if attempts == ATTEMPTS || !matches!(answer, Err(supervisor::Error::NotBegun)) {
                 return Ok(Some((claimed, answer)));
             }
@@ -769,8 +796,19 @@ impl Turn {
     }
 
     async fn conclude(&mut self, report: Report, timing: Timing) -> Done {
-        let Report { outcome, stdout, stderr, workspace_files, truncated, wall: _, cpu, page_faults } =
-            report;
+        let Report {
+            outcome,
+            stdout,
+            stderr,
+            workspace_files,
+            artifacts,
+            display,
+            truncated,
+            kernel_lost,
+            wall: _,
+            cpu,
+            page_faults,
+        } = report;
         let metrics = self.place().sessions.0.metrics.clone();
         metrics.run_cpu_seconds.inc_by(cpu.as_secs_f64());
         metrics.run_page_faults.inc_by(page_faults);
@@ -779,7 +817,21 @@ impl Turn {
             Outcome::Failed(detail) => Err(detail),
             Outcome::Killed => Err(self.who_killed().await),
         };
-        Done { outcome, stdout, stderr, workspace_files, truncated, lost: false, timing }
+        if kernel_lost {
+            metrics.lost.with_label_values(&["kernel"]).inc();
+        }
+        Done {
+            outcome,
+            stdout,
+            stderr,
+            workspace_files,
+            artifacts,
+            display,
+            truncated,
+            kernel_lost,
+            lost: false,
+            timing,
+        }
     }
 
     /// A SIGKILL that was not ours: the engine may have counted it as one for want of memory.
@@ -835,7 +887,10 @@ impl Turn {
             stdout: String::new(),
             stderr: String::new(),
             workspace_files: vec!["total 0".into()],
+            artifacts: Vec::new(),
+            display: BTreeMap::new(),
             truncated: Vec::new(),
+            kernel_lost: false,
             lost,
             timing,
         }
@@ -845,6 +900,7 @@ impl Turn {
 impl Drop for Turn {
     fn drop(&mut self) {
         let (Some(mut seat), Some(place)) = (self.seat.take(), self.place.take()) else { return };
+        place.session.glance().interrupt = None;
         let Some(claimed) = &seat.claimed else {
             // Else there is something to tell at the next run, or the client went away while the sandbox was being
             // taken up: it is there as before.

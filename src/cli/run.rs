@@ -49,7 +49,7 @@ pub(super) async fn run(mut config: Config, arguments: Arguments) -> Result<Exit
     let pool = Pool::new(runtime, settings, metrics.clone());
     let sessions = Sessions::new(pool, session_settings(&config), metrics);
     let mut terminate = signal(SignalKind::terminate())?;
-    let run = Run { code: &code, data: &data, stdin: "", timeout: timeout.unwrap_or(config.limits.timeout) };
+    let run = Run { data: &data, ..Run::new(&code, timeout.unwrap_or(config.limits.timeout)) };
     let done = tokio::select! {
         done = sessions.run(Owner { tenant: "", user_id: "run" }, &run) => Some(done),
         _ = tokio::signal::ctrl_c() => None, // the run was dropped, and so is being interrupted

@@ -157,6 +157,9 @@ fn server_settings(config: &Config, findings: &Findings) -> Settings {
         code_bytes: config.limits.code.0 as usize,
         timeout: config.limits.timeout,
         timeout_max: config.limits.timeout_max,
+        cpu_max: config.limits.timeout_max.mul_f64(config.limits.cpus.max(1.0)),
+        memory_bytes: config.limits.memory.0,
+        output_bytes: config.limits.stdout.0.max(config.limits.stderr.0),
         capabilities: capabilities(config, findings).to_string().into(),
     }
 }
@@ -172,7 +175,7 @@ fn capabilities(config: &Config, findings: &Findings) -> serde_json::Value {
         "rootless": findings.engine.rootless,
         "image": findings.engine.image,
         "python": findings.python,
-        "modes": ["fresh"],
+        "modes": ["fresh", "kernel"],
         "limits": {
             "timeout_ms": limits.timeout.as_millis() as u64,
             "timeout_max_ms": limits.timeout_max.as_millis() as u64,
@@ -185,6 +188,7 @@ fn capabilities(config: &Config, findings: &Findings) -> serde_json::Value {
             "result_bytes": limits.result.0,
             "stdout_bytes": limits.stdout.0,
             "stderr_bytes": limits.stderr.0,
+            "artifacts_bytes": limits.artifacts.0,
             "session_idle_timeout_ms": config.session.idle_timeout.as_millis() as u64,
             "session_queue": config.session.queue,
         },

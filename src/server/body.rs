@@ -11,8 +11,10 @@ use unicode_normalization::UnicodeNormalization;
 
 use super::Settings;
 use super::error::Error;
-use crate::supervisor::{MAX_JSON_DEPTH, json_depth};
+use crate::supervisor::{MAX_JSON_DEPTH, Mode, Narrowed, json_depth};
 
+/// Less than this, and Python itself has no room to fail.
+const MEMORY_MIN_BYTES: u64 = 1 << 20;
 /// Bytes of a user_id.
 const USER_ID_BYTES: usize = 256;
 
@@ -32,6 +34,8 @@ pub(super) struct RunRequest<'a> {
     pub(super) data: &'a str,
     pub(super) stdin: Cow<'a, str>,
     pub(super) timeout: Duration,
+    pub(super) mode: Mode,
+    pub(super) narrowed: Narrowed,
 }
 
 /// The fields, still unread, so that an error can name the one that is wrong.
@@ -50,6 +54,20 @@ struct Fields<'a> {
     timeout_ms: Option<&'a RawValue>,
     #[serde(borrow)]
     stdin: Option<&'a RawValue>,
+    #[serde(borrow)]
+    limits: Option<&'a RawValue>,
+}
+
+/// Likewise.
+#[derive(Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Limits<'a> {
+    #[serde(borrow)]
+    cpu_ms: Option<&'a RawValue>,
+    #[serde(borrow)]
+    memory_bytes: Option<&'a RawValue>,
+    #[serde(borrow)]
+    output_bytes: Option<&'a RawValue>,
 }
 
 impl<'a> RunRequest<'a> {
@@ -57,7 +75,7 @@ impl<'a> RunRequest<'a> {
         if body.iter().find(|byte| !byte.is_ascii_whitespace()) != Some(&b'{') {
             return Err(Error::invalid("the body", "must be a JSON object"));
         }
-        let Fields { user_id, code, data, mode, timeout_ms, stdin } =
+        let Fields { user_id, code, data, mode, timeout_ms, stdin, limits } =
             serde_json::from_slice(body).map_err(|error| Error::invalid("the body is not right:", error))?;
         let user_id = text("user_id", user_id)?.ok_or_else(|| Error::invalid("user_id", "is missing"))?;
         check_user_id(&user_id)?;
@@ -68,19 +86,19 @@ impl<'a> RunRequest<'a> {
         if code.len() > settings.code_bytes {
             return Err(Error::TooLarge { what: "code", limit: settings.code_bytes });
         }
-        match text("mode", mode)?.as_deref() {
-            None | Some("fresh") => {}
-            Some("kernel") => {
-                return Err(Error::invalid("mode", "must be \"fresh\": \"kernel\" is not there yet"));
-            }
-            Some(_) => return Err(Error::invalid("mode", "must be \"fresh\"")),
-        }
+        let mode = match text("mode", mode)?.as_deref() {
+            None | Some("fresh") => Mode::Fresh,
+            Some("kernel") => Mode::Kernel,
+            Some(_) => return Err(Error::invalid("mode", "must be \"fresh\" or \"kernel\"")),
+        };
         Ok(RunRequest {
             user_id,
             code,
             data: data.map_or(Ok(""), check_data)?,
             stdin: text("stdin", stdin)?.unwrap_or_default(),
             timeout: timeout(timeout_ms, settings)?,
+            mode,
+            narrowed: limits.map_or(Ok(Narrowed::default()), |raw| narrowed(raw, settings))?,
         })
     }
 }
@@ -128,11 +146,31 @@ fn text<'a>(field: &str, raw: Option<&'a RawValue>) -> Result<Option<Cow<'a, str
 }
 
 fn timeout(raw: Option<&RawValue>, settings: &Settings) -> Result<Duration, Error> {
-    let Some(raw) = raw else { return Ok(settings.timeout) };
-    let most = settings.timeout_max.as_millis();
+    let wanted = integer("timeout_ms", raw, 1, settings.timeout_max.as_millis() as u64)?;
+    Ok(wanted.map_or(settings.timeout, Duration::from_millis))
+}
+
+/// The configured limits bound it: a request may ask for less only.
+fn narrowed(raw: &RawValue, settings: &Settings) -> Result<Narrowed, Error> {
+    if !raw.get().starts_with('{') {
+        return Err(Error::invalid("limits", "must be an object"));
+    }
+    let limits =
+        serde_json::from_str(raw.get()).map_err(|error| Error::invalid("limits is not right:", error))?;
+    let Limits { cpu_ms, memory_bytes, output_bytes } = limits;
+    let cpu = integer("limits.cpu_ms", cpu_ms, 1, settings.cpu_max.as_millis() as u64)?;
+    Ok(Narrowed {
+        cpu: cpu.map(Duration::from_millis),
+        memory_bytes: integer("limits.memory_bytes", memory_bytes, MEMORY_MIN_BYTES, settings.memory_bytes)?,
+        output_bytes: integer("limits.output_bytes", output_bytes, 0, settings.output_bytes)?,
+    })
+}
+
+fn integer(field: &str, raw: Option<&RawValue>, least: u64, most: u64) -> Result<Option<u64>, Error> {
+    let Some(raw) = raw else { return Ok(None) };
     match raw.get().parse::<u64>() {
-        Ok(wanted) if wanted >= 1 && u128::from(wanted) <= most => Ok(Duration::from_millis(wanted)),
-        _ => Err(Error::invalid("timeout_ms", format!("must be an integer from 1 to {most}"))),
+        Ok(wanted) if (least..=most).contains(&wanted) => Ok(Some(wanted)),
+        _ => Err(Error::invalid(field, format!("must be an integer from {least} to {most}"))),
     }
 }
 
@@ -214,6 +252,9 @@ mod tests {
             code_bytes: 10,
             timeout: second,
             timeout_max: second * 5,
+            cpu_max: second * 5,
+            memory_bytes: 2 << 20,
+            output_bytes: 100,
             capabilities: bytes::Bytes::new(),
         }
     }
@@ -266,6 +307,20 @@ mod tests {
             (r#"{"user_id":"a","code":"1","timeout_ms":"1"}"#, "timeout_ms must be an integer"),
             (r#"{"user_id":"a","code":"1","timeout_ms":1e3}"#, "timeout_ms must be an integer"),
             (r#"{"user_id":"a","code":"1","stdin":1}"#, "stdin must be a string"),
+            (r#"{"user_id":"a","code":"1","limits":[]}"#, "limits must be an object"),
+            (r#"{"user_id":"a","code":"1","limits":{"cpu":1}}"#, "unknown field `cpu`"),
+            (
+                r#"{"user_id":"a","code":"1","limits":{"cpu_ms":0}}"#,
+                "limits.cpu_ms must be an integer from 1 to 5000",
+            ),
+            (
+                r#"{"user_id":"a","code":"1","limits":{"memory_bytes":2097153}}"#,
+                "limits.memory_bytes must be an integer from 1048576 to 2097152",
+            ),
+            (
+                r#"{"user_id":"a","code":"1","limits":{"output_bytes":101}}"#,
+                "limits.output_bytes must be an integer from 0 to 100",
+            ),
         ] {
             let message = message(body);
             assert!(message.contains(says), "{body}: {message}");
@@ -279,7 +334,9 @@ mod tests {
             r#"{"user_id":"a","code":"1234567890","timeout_ms":5000}"#.into(),
             r#"{"user_id":"a","code":"1","data":{"ä":1,"_":2,"match":3,"x1":{"a b":1}},"mode":"fresh"}"#
                 .into(),
-            r#" {"user_id":"a ","code":"\n","data":null,"stdin":null}"#.into(),
+            r#" {"user_id":"a ","code":"\n","data":null,"stdin":null,"limits":null}"#.into(),
+            r#"{"user_id":"a","code":"1","mode":"kernel","limits":{"cpu_ms":5000,"memory_bytes":2097152,"output_bytes":0}}"#
+                .into(),
         ] {
             RunRequest::parse(body.as_bytes(), &settings()).unwrap();
         }

@@ -61,6 +61,7 @@ impl Error {
             Error::RequestTimeout(_) => (StatusCode::REQUEST_TIMEOUT, "request_timeout"),
             Error::TooLarge { .. } => (StatusCode::PAYLOAD_TOO_LARGE, "too_large"),
             Error::UnsupportedMediaType => (StatusCode::UNSUPPORTED_MEDIA_TYPE, "unsupported_media_type"),
+            Error::Session(session::Error::NotRunning) => (StatusCode::CONFLICT, "not_running"),
             Error::Session(session::Error::Busy { .. }) => (StatusCode::TOO_MANY_REQUESTS, "session_busy"),
             Error::Session(session::Error::TooMany { .. }) => {
                 (StatusCode::TOO_MANY_REQUESTS, "too_many_sessions")
@@ -86,6 +87,7 @@ impl Error {
             Error::Session(session::Error::Unavailable(error)) => {
                 error.retry_after().unwrap_or(Duration::from_secs(1))
             }
+            Error::Session(session::Error::NotRunning) => return None,
             Error::Session(_) | Error::Overloaded => Duration::from_secs(1),
             _ => return None,
         };

@@ -1,22 +1,24 @@
 //! What each path does.
 
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 use bytes::Bytes;
-use http_body_util::Full;
+use http_body_util::{Either, Full};
 use hyper::body::Incoming;
 use hyper::header::{CONTENT_TYPE, HeaderValue};
 use hyper::{HeaderMap, Request, Response, StatusCode};
 use percent_encoding::percent_decode_str;
 use serde::Serialize;
 use serde_json::value::RawValue;
+use tokio::sync::mpsc::UnboundedSender;
 
 use super::State;
 use super::body::{RunRequest, check_user_id};
 use super::error::Error;
-use super::route::{Answer, json};
+use super::route::{Answer, json, json_bytes};
 use crate::session::{Done, Owner, Timing};
-use crate::supervisor::{ErrorDetail, Field, Run};
+use crate::supervisor::{Artifact, ErrorDetail, Field, Run, Told};
 
 /// The answer to a run; what has nothing to say is absent.
 #[derive(Serialize)]
@@ -32,6 +34,10 @@ struct RunAnswer<'a> {
     #[serde(skip_serializing_if = "str::is_empty")]
     stderr: &'a str,
     #[serde(skip_serializing_if = "<[_]>::is_empty")]
+    artifacts: &'a [Artifact],
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    display: &'a BTreeMap<String, String>,
+    #[serde(skip_serializing_if = "<[_]>::is_empty")]
     truncated: &'a [Field],
     #[serde(skip_serializing_if = "Option::is_none")]
     session: Option<&'static str>,
@@ -39,7 +45,18 @@ struct RunAnswer<'a> {
 
 impl<'a> From<&'a Done> for RunAnswer<'a> {
     fn from(done: &'a Done) -> RunAnswer<'a> {
-        let Done { outcome, stdout, stderr, workspace_files, truncated, lost, timing: _ } = done;
+        let Done {
+            outcome,
+            stdout,
+            stderr,
+            workspace_files,
+            artifacts,
+            display,
+            truncated,
+            kernel_lost,
+            lost,
+            timing: _,
+        } = done;
         RunAnswer {
             error: outcome.as_ref().err().map(ErrorDetail::message),
             error_detail: outcome.as_ref().err(),
@@ -47,21 +64,54 @@ impl<'a> From<&'a Done> for RunAnswer<'a> {
             workspace_files,
             stdout,
             stderr,
+            artifacts,
+            display,
             truncated,
-            session: lost.then_some("lost"),
+            session: lost.then_some("lost").or(kernel_lost.then_some("kernel_lost")),
         }
     }
 }
 
-pub(super) async fn run(state: &State, tenant: &str, request: Request<Incoming>) -> Result<Answer, Error> {
+/// What a run is answered with, and where the time went.
+pub(super) struct Answered {
+    pub(super) answer: String,
+    timing: Timing,
+}
+
+/// Runs what a request asks for; `teller` is told what goes on meanwhile.
+pub(super) async fn answer(
+    state: &State,
+    tenant: &str,
+    request: Request<Incoming>,
+    teller: Option<&UnboundedSender<Told>>,
+) -> Result<Answered, Error> {
     check_content_type(request.headers())?;
     let (body, _room) = state.room.read(request.into_body(), &state.settings).await?;
-    let RunRequest { user_id, code, data, stdin, timeout } = RunRequest::parse(&body, &state.settings)?;
-    let run = Run { code: &code, data, stdin: &stdin, timeout };
+    let RunRequest { user_id, code, data, stdin, timeout, mode, narrowed } =
+        RunRequest::parse(&body, &state.settings)?;
+    let run = Run { data, stdin: &stdin, mode, narrowed, teller, ..Run::new(&code, timeout) };
     let done = state.sessions.run(Owner { tenant, user_id: &user_id }, &run).await?;
-    let mut response = json(&RunAnswer::from(&done));
-    response.headers_mut().insert("server-timing", server_timing(&done.timing));
+    let answer = serde_json::to_string(&RunAnswer::from(&done)).expect("texts and JSON texts are JSON");
+    Ok(Answered { answer, timing: done.timing })
+}
+
+pub(super) async fn run(state: &State, tenant: &str, request: Request<Incoming>) -> Result<Answer, Error> {
+    let Answered { answer, timing } = answer(state, tenant, request, None).await?;
+    let mut response = json_bytes(answer.into());
+    response.headers_mut().insert("server-timing", server_timing(&timing));
     Ok(response)
+}
+
+pub(super) fn interrupt(state: &State, tenant: &str, user_id: &str) -> Result<Answer, Error> {
+    let user_id = decode(user_id)?;
+    state.sessions.interrupt(Owner { tenant, user_id: &user_id })?;
+    Ok(no_content())
+}
+
+fn no_content() -> Answer {
+    let mut response = Response::new(Either::Left(Full::default()));
+    *response.status_mut() = StatusCode::NO_CONTENT;
+    response
 }
 
 pub(super) fn describe_session(state: &State, tenant: &str, user_id: &str) -> Result<Answer, Error> {
@@ -75,9 +125,7 @@ pub(super) fn describe_session(state: &State, tenant: &str, user_id: &str) -> Re
 pub(super) async fn delete_session(state: &State, tenant: &str, user_id: &str) -> Result<Answer, Error> {
     let user_id = decode(user_id)?;
     state.sessions.delete(Owner { tenant, user_id: &user_id }).await?;
-    let mut response = Response::new(Full::default());
-    *response.status_mut() = StatusCode::NO_CONTENT;
-    Ok(response)
+    Ok(no_content())
 }
 
 pub(super) fn ready(state: &State) -> Result<Answer, Error> {
@@ -86,7 +134,7 @@ pub(super) fn ready(state: &State) -> Result<Answer, Error> {
 }
 
 pub(super) fn metrics(state: &State) -> Answer {
-    let mut response = Response::new(Full::new(Bytes::from(state.metrics.render())));
+    let mut response = json_bytes(Bytes::from(state.metrics.render()));
     let text = HeaderValue::from_static("text/plain; version=0.0.4; charset=utf-8");
     response.headers_mut().insert(CONTENT_TYPE, text);
     response

@@ -6,6 +6,7 @@ mod body_room;
 mod error;
 mod handlers;
 mod route;
+mod stream;
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -62,6 +63,12 @@ pub struct Settings {
     pub timeout: Duration,
     /// The most that a run may ask for.
     pub timeout_max: Duration,
+    /// The most CPU time that a run may ask for: what all its cores can give in the longest time.
+    pub cpu_max: Duration,
+    /// The most memory that a run may ask for.
+    pub memory_bytes: u64,
+    /// The most output that a run may ask for.
+    pub output_bytes: u64,
     /// The answer to `GET /capabilities`.
     pub capabilities: Bytes,
 }

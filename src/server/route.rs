@@ -3,7 +3,8 @@
 use std::sync::Arc;
 
 use bytes::Bytes;
-use http_body_util::Full;
+use http_body_util::combinators::UnsyncBoxBody;
+use http_body_util::{Either, Full};
 use hyper::body::Incoming;
 use hyper::header::{ALLOW, CONTENT_TYPE, HeaderName, HeaderValue, ORIGIN, RETRY_AFTER};
 use hyper::{HeaderMap, Method, Request, Response, StatusCode};
@@ -11,9 +12,11 @@ use serde::Serialize;
 use tracing::Instrument;
 
 use super::error::Error;
-use super::{State, handlers};
+use super::{State, handlers, stream};
 
-pub(super) type Answer = Response<Full<Bytes>>;
+/// At once, or as it comes.
+pub(super) type Body = Either<Full<Bytes>, UnsyncBoxBody<Bytes, std::io::Error>>;
+pub(super) type Answer = Response<Body>;
 
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 const JSON: HeaderValue = HeaderValue::from_static("application/json");
@@ -21,7 +24,7 @@ const JSON: HeaderValue = HeaderValue::from_static("application/json");
 const REQUEST_ID_BYTES: usize = 128;
 
 /// Every request gets an answer, with its id in it and in each line of the log.
-pub(super) async fn answer(state: &State, request: Request<Incoming>) -> Answer {
+pub(super) async fn answer(state: &Arc<State>, request: Request<Incoming>) -> Answer {
     let id = request_id(request.headers());
     let span = tracing::info_span!("request", id = id.to_str().unwrap_or_default());
     let mut response = respond(state, request).instrument(span).await;
@@ -29,7 +32,7 @@ pub(super) async fn answer(state: &State, request: Request<Incoming>) -> Answer 
     response
 }
 
-async fn respond(state: &State, request: Request<Incoming>) -> Answer {
+async fn respond(state: &Arc<State>, request: Request<Incoming>) -> Answer {
     let begun = std::time::Instant::now();
     let (method, path) = (request.method().clone(), request.uri().path().to_owned());
     let response = match route(state, request).await {
@@ -45,32 +48,39 @@ async fn respond(state: &State, request: Request<Incoming>) -> Answer {
     response
 }
 
-async fn route(state: &State, request: Request<Incoming>) -> Result<Answer, Error> {
+async fn route(state: &Arc<State>, request: Request<Incoming>) -> Result<Answer, Error> {
     let path = request.uri().path().to_owned();
     let mut parts = path.split('/').skip(1);
-    let parts = (parts.next().unwrap_or_default(), parts.next(), parts.next());
+    let parts = (parts.next().unwrap_or_default(), parts.next(), parts.next(), parts.next());
     let method = if request.method() == Method::HEAD { &Method::GET } else { request.method() };
     match (parts, method) {
-        (("healthz", None, None), &Method::GET) => Ok(json(&serde_json::json!({"status": "ok"}))),
-        (("readyz", None, None), &Method::GET) => handlers::ready(state),
-        (("metrics", None, None), &Method::GET) => Ok(handlers::metrics(state)),
-        (("capabilities", None, None), &Method::GET) => {
+        (("healthz", None, None, None), &Method::GET) => Ok(json(&serde_json::json!({"status": "ok"}))),
+        (("readyz", None, None, None), &Method::GET) => handlers::ready(state),
+        (("metrics", None, None, None), &Method::GET) => Ok(handlers::metrics(state)),
+        (("capabilities", None, None, None), &Method::GET) => {
             tenant(state, request.headers())?;
             Ok(json_bytes(state.settings.capabilities.clone()))
         }
-        (("run", None, None), &Method::POST) => {
+        (("run", None, None, None), &Method::POST) => {
             let tenant = tenant(state, request.headers())?;
-            handlers::run(state, &tenant, request).await
+            match stream::is_wanted(request.headers()) {
+                true => stream::run(state.clone(), tenant, request).await,
+                false => handlers::run(state, &tenant, request).await,
+            }
         }
-        (("sessions", Some(user_id), None), &Method::GET) => {
+        (("sessions", Some(user_id), None, None), &Method::GET) => {
             handlers::describe_session(state, &tenant(state, request.headers())?, user_id)
         }
-        (("sessions", Some(user_id), None), &Method::DELETE) => {
+        (("sessions", Some(user_id), None, None), &Method::DELETE) => {
             handlers::delete_session(state, &tenant(state, request.headers())?, user_id).await
         }
-        (("run", None, None), _) => Err(Error::MethodNotAllowed("POST")),
-        (("sessions", Some(_), None), _) => Err(Error::MethodNotAllowed("GET, HEAD, DELETE")),
-        (("healthz" | "readyz" | "metrics" | "capabilities", None, None), _) => {
+        (("sessions", Some(user_id), Some("interrupt"), None), &Method::POST) => {
+            handlers::interrupt(state, &tenant(state, request.headers())?, user_id)
+        }
+        (("sessions", Some(_), Some("interrupt"), None), _) => Err(Error::MethodNotAllowed("POST")),
+        (("run", None, None, None), _) => Err(Error::MethodNotAllowed("POST")),
+        (("sessions", Some(_), None, None), _) => Err(Error::MethodNotAllowed("GET, HEAD, DELETE")),
+        (("healthz" | "readyz" | "metrics" | "capabilities", None, None, None), _) => {
             Err(Error::MethodNotAllowed("GET, HEAD"))
         }
         _ => Err(Error::NotFound),
@@ -94,12 +104,8 @@ fn is_from_a_page(headers: &HeaderMap) -> bool {
 }
 
 fn refuse(state: &State, error: &Error) -> Answer {
-    let (status, code) = error.status();
-    state.metrics.refused.with_label_values(&[code]).inc();
-    if status.is_server_error() {
-        tracing::warn!(code, %error, "could not serve a request");
-    }
-    let mut response = json(&serde_json::json!({"error": error.message(), "code": code}));
+    let (status, _) = error.status();
+    let mut response = json_bytes(refusal(state, error).into());
     *response.status_mut() = status;
     let headers = response.headers_mut();
     if let Error::MethodNotAllowed(allowed) = error {
@@ -112,6 +118,16 @@ fn refuse(state: &State, error: &Error) -> Answer {
         headers.insert(hyper::header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
     }
     response
+}
+
+/// The text for the client; counted and logged here.
+pub(super) fn refusal(state: &State, error: &Error) -> String {
+    let (status, code) = error.status();
+    state.metrics.refused.with_label_values(&[code]).inc();
+    if status.is_server_error() {
+        tracing::warn!(code, %error, "could not serve a request");
+    }
+    serde_json::json!({"error": error.message(), "code": code}).to_string()
 }
 
 /// The client's own id where it has a sound one, else a new one.
@@ -129,8 +145,8 @@ pub(super) fn json(value: &impl Serialize) -> Answer {
     json_bytes(serde_json::to_vec(value).expect("strings, numbers and JSON texts are JSON").into())
 }
 
-fn json_bytes(bytes: Bytes) -> Answer {
-    let mut response = Response::new(Full::new(bytes));
+pub(super) fn json_bytes(bytes: Bytes) -> Answer {
+    let mut response = Response::new(Either::Left(Full::new(bytes)));
     response.headers_mut().insert(CONTENT_TYPE, JSON);
     response
 }

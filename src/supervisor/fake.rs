@@ -89,7 +89,7 @@ async fn run(
     let mut report = [0_i32.to_be_bytes(), i32::to_be_bytes(signal)].concat();
     report.extend([said, stopped, 0, 0]);
     report.extend([0; 24]);
-    send(stream, nonce, 130, &[&report, payload.as_bytes(), b"", b"", b"[\"total 0\"]"]).await
+    send(stream, nonce, 130, &[&report, payload.as_bytes(), b"", b"", b"[\"total 0\"]", b""]).await
 }
 
 async fn next(stream: &mut DuplexStream, buffer: &mut BytesMut) -> Option<(u64, u8, Bytes)> {

@@ -6,16 +6,19 @@ mod report;
 
 use std::time::Duration;
 
-use bytes::{Buf, BytesMut};
+use bytes::{Buf, Bytes, BytesMut};
 use futures_util::FutureExt;
 use serde::Serialize;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::sync::Notify;
+use tokio::sync::mpsc::UnboundedSender;
 use tokio::time::{Instant, timeout_at};
 
 use crate::runtime::{Duplex, Layer, LayerState, SandboxSpec};
 pub use protocol::Violation;
 use protocol::{Answer, Frame, Request};
-pub use report::{ErrorDetail, ErrorKind, Field, MAX_JSON_DEPTH, Outcome, Report, json_depth};
+use report::Asked;
+pub use report::{Artifact, ErrorDetail, ErrorKind, Field, MAX_JSON_DEPTH, Outcome, Report, json_depth};
 
 /// The program that is PID 1 of every sandbox: for `python3 -I -S`, as it is or compiled.
 pub const SOURCE: &str = include_str!("supervisor.py");
@@ -43,6 +46,8 @@ pub struct Caps {
     pub error: u64,
     /// Lines of the workspace's listing.
     pub listing_lines: u64,
+    /// Bytes of artifacts and display together; 0 for none.
+    pub artifacts: u64,
     /// From the first, gentle interrupt of a run to SIGKILL, in milliseconds.
     pub grace_ms: u64,
     /// Resource limits of each run's process, by their names without `RLIMIT_`, where they stand in for a
@@ -61,6 +66,95 @@ pub struct Run<'a> {
     pub stdin: &'a str,
     /// Its wall time.
     pub timeout: Duration,
+    /// In which interpreter.
+    pub mode: Mode,
+    /// What it may use.
+    pub narrowed: Narrowed,
+    /// For who wants to know at once what it prints.
+    pub teller: Option<&'a UnboundedSender<Told>>,
+    /// Told when it is to be interrupted.
+    pub interrupt: Option<&'a Notify>,
+}
+
+impl<'a> Run<'a> {
+    /// A fresh one that gets nothing and may use what its sandbox may.
+    pub fn new(code: &'a str, timeout: Duration) -> Run<'a> {
+        Run {
+            code,
+            data: "",
+            stdin: "",
+            timeout,
+            mode: Mode::Fresh,
+            narrowed: Narrowed::default(),
+            teller: None,
+            interrupt: None,
+        }
+    }
+}
+
+/// In which interpreter a run's code is executed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Mode {
+    /// A new one, which ends with it.
+    #[default]
+    Fresh,
+    /// The session's own, which keeps variables, imports and threads.
+    Kernel,
+}
+
+/// Less than the sandbox's limits, for one run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Narrowed {
+    /// CPU time of its process.
+    pub cpu: Option<Duration>,
+    /// Bytes that its process maps beyond what an idle interpreter has.
+    pub memory_bytes: Option<u64>,
+    /// Bytes of each of stdout and stderr that are kept.
+    pub output_bytes: Option<u64>,
+}
+
+/// What a supervisor is told of a run, beside its code.
+#[derive(Serialize)]
+struct Options {
+    timeout_ms: u64,
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    kernel: bool,
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    stream: bool,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    cpu_ms: Option<u64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    memory_bytes: Option<u64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    output_bytes: Option<u64>,
+}
+
+impl From<&Run<'_>> for Options {
+    fn from(run: &Run<'_>) -> Options {
+        let Narrowed { cpu, memory_bytes, output_bytes } = run.narrowed;
+        Options {
+            timeout_ms: run.timeout.as_millis() as u64,
+            kernel: run.mode == Mode::Kernel,
+            stream: run.teller.is_some(),
+            cpu_ms: cpu.map(|cpu| cpu.as_millis() as u64),
+            memory_bytes,
+            output_bytes,
+        }
+    }
+}
+
+/// What is told of a run while it goes on.
+#[derive(Debug, Clone)]
+pub enum Told {
+    /// Its sandbox has it.
+    Begun,
+    /// It printed.
+    Printed {
+        /// `Field::Stdout` or `Field::Stderr`.
+        stream: Field,
+        /// Any bytes, cut anywhere; none: what follows is not told, since the cap is reached.
+        bytes: Bytes,
+    },
 }
 
 /// What a supervisor tells of itself when it is attached.
@@ -137,8 +231,10 @@ pub struct Supervisor {
     grace: Duration,
     longest: usize,
     error_bytes: usize,
+    /// The most that a run can have printed.
+    output_bytes: usize,
     /// Of the last run.
-    timeout: Duration,
+    asked: Asked,
     state: State,
 }
 
@@ -166,14 +262,16 @@ impl Supervisor {
         caps: &Caps,
         deadline: Instant,
     ) -> Result<(Supervisor, Hello), Error> {
-        let parts = caps.stdout + caps.stderr + caps.result.max(16 * caps.error);
+        let extras = 6 * caps.artifacts + 4096; // as JSON, with their names
+        let parts = caps.stdout + caps.stderr + caps.result.max(16 * caps.error) + extras;
         let mut supervisor = Supervisor {
             stream,
             buffer: BytesMut::new(),
             grace: Duration::from_millis(caps.grace_ms) * 2,
             longest: parts as usize + LISTING_BYTES + REPORT_BYTES,
             error_bytes: caps.error as usize,
-            timeout: Duration::ZERO,
+            output_bytes: (caps.stdout + caps.stderr) as usize,
+            asked: Asked::default(),
             state: State::Idle,
         };
         let nonce = nonce();
@@ -200,14 +298,17 @@ impl Supervisor {
         if !self.is_alive() {
             return Err(Error::NotBegun);
         }
-        self.timeout = run.timeout;
+        self.asked = Asked { timeout: run.timeout, cpu: run.narrowed.cpu };
         let deadline = Instant::now() + run.timeout + self.grace;
         let nonce = nonce();
-        let options = format!("{{\"timeout_ms\":{}}}", run.timeout.as_millis());
-        let sections = [options.as_bytes(), run.code.as_bytes(), run.data.as_bytes(), run.stdin.as_bytes()];
+        let options = serde_json::to_vec(&Options::from(run)).expect("numbers under string keys are JSON");
+        let sections = [&options[..], run.code.as_bytes(), run.data.as_bytes(), run.stdin.as_bytes()];
         let converse = async {
             self.send(nonce, Request::Run, &sections).await.map_err(|_| Error::NotBegun)?;
-            self.report(nonce).await
+            if let Some(teller) = run.teller {
+                let _ = teller.send(Told::Begun); // nobody listens: the run is about to be dropped
+            }
+            self.report(nonce, run.teller, run.interrupt).await
         };
         timeout_at(deadline, converse).await.unwrap_or(Err(Error::Unresponsive))
     }
@@ -215,7 +316,7 @@ impl Supervisor {
     /// The report of a run that was `Unresponsive`, where it comes after all: what lies between may have held it up.
     pub async fn late_report(&mut self, deadline: Instant) -> Result<Report, Error> {
         let State::Running { nonce } = self.state else { return Err(Error::Unresponsive) };
-        timeout_at(deadline, self.report(nonce)).await.unwrap_or(Err(Error::Unresponsive))
+        timeout_at(deadline, self.report(nonce, None, None)).await.unwrap_or(Err(Error::Unresponsive))
     }
 
     /// Whether, as far as can be seen without waiting, it is there and at rest: between runs its stream is open and
@@ -239,7 +340,7 @@ impl Supervisor {
         let deadline = Instant::now() + self.grace;
         let converse = async {
             self.send(nonce, Request::Interrupt, &[]).await?;
-            self.report(nonce).await
+            self.report(nonce, None, None).await
         };
         timeout_at(deadline, converse).await.unwrap_or(Err(Error::Unresponsive)).map(drop)
     }
@@ -254,7 +355,7 @@ impl Supervisor {
         spec: &SandboxSpec,
     ) -> Result<Vec<Layer>, Error> {
         let data = serde_json::to_string(spec).expect("numbers under string keys are always JSON");
-        let run = Run { code: PROBE, data: &data, stdin: "", timeout: Duration::from_secs(10) };
+        let run = Run { data: &data, ..Run::new(PROBE, Duration::from_secs(10)) };
         let report = self.run(&run).await?;
         let found = match report.outcome {
             Outcome::Result(found) => found,
@@ -305,17 +406,68 @@ impl Supervisor {
         }
     }
 
-    async fn report(&mut self, nonce: u64) -> Result<Report, Error> {
-        let frame = self.receive(nonce, Answer::Done, self.longest).await?;
-        self.rest();
-        Ok(Report::parse(protocol::sections(frame.payload)?, self.timeout, self.error_bytes)?)
+    /// Passes on what is printed until then, and an interrupt.
+    async fn report(
+        &mut self,
+        nonce: u64,
+        teller: Option<&UnboundedSender<Told>>,
+        interrupt: Option<&Notify>,
+    ) -> Result<Report, Error> {
+        let (mut printed, mut interrupt) = (0, interrupt);
+        loop {
+            let frame = tokio::select! {
+                biased;
+                frame = self.next(nonce, self.longest) => frame?,
+                () = told(interrupt) => {
+                    interrupt = None;
+                    self.send(nonce, Request::Interrupt, &[]).await?;
+                    continue;
+                }
+            };
+            match frame.kind {
+                Answer::Done => {
+                    self.rest();
+                    let sections = protocol::sections(frame.payload)?;
+                    return Ok(Report::parse(sections, self.asked, self.error_bytes)?);
+                }
+                Answer::Output => self.pass_on(frame.payload, &mut printed, teller)?,
+                Answer::Hello => return Err(Violation::Nonce.into()),
+            }
+        }
+    }
+
+    fn pass_on(
+        &self,
+        payload: Bytes,
+        printed: &mut usize,
+        teller: Option<&UnboundedSender<Told>>,
+    ) -> Result<(), Violation> {
+        let [stream, bytes] = protocol::sections(payload)?;
+        *printed += bytes.len();
+        let stream = match &stream[..] {
+            b"\x01" => Field::Stdout,
+            b"\x02" => Field::Stderr,
+            _ => return Err(Violation::Content("output")),
+        };
+        if *printed > self.output_bytes {
+            return Err(Violation::Length(*printed as u64));
+        }
+        if let Some(teller) = teller {
+            let _ = teller.send(Told::Printed { stream, bytes }); // as above
+        }
+        Ok(())
     }
 
     async fn receive(&mut self, nonce: u64, kind: Answer, longest: usize) -> Result<Frame, Error> {
+        let frame = self.next(nonce, longest).await?;
+        if frame.kind == kind { Ok(frame) } else { Err(Violation::Nonce.into()) }
+    }
+
+    /// May be dropped at any await: what has come is kept.
+    async fn next(&mut self, nonce: u64, longest: usize) -> Result<Frame, Error> {
         loop {
             if let Some(frame) = protocol::decode(&mut self.buffer, longest)? {
-                let expected = frame.nonce == nonce && frame.kind == kind;
-                return if expected { Ok(frame) } else { Err(Violation::Nonce.into()) };
+                return if frame.nonce == nonce { Ok(frame) } else { Err(Violation::Nonce.into()) };
             }
             self.fill().await?;
         }
@@ -334,6 +486,14 @@ impl Supervisor {
         if self.buffer.is_empty() && self.buffer.capacity() > KEPT_BUFFER_BYTES {
             self.buffer = BytesMut::new();
         }
+    }
+}
+
+/// Never, without anybody to tell.
+async fn told(by: Option<&Notify>) {
+    match by {
+        Some(by) => by.notified().await,
+        None => std::future::pending().await,
     }
 }
 

@@ -9,11 +9,12 @@
 //! | 2 run | server | the run's | options as JSON, code, data as JSON, stdin |
 //! | 3 interrupt | server | the run's | none |
 //! | 129 hello | supervisor | the attachment's | what it is and sees of its layers, as JSON |
-//! | 130 done | supervisor | the run's | report, result or error as JSON, stdout, stderr, listing as JSON |
+//! | 130 done | supervisor | the run's | report, result or error as JSON, stdout, stderr, listing as JSON, extras as JSON |
+//! | 131 output | supervisor | the run's | 1 for stdout or 2 for stderr, bytes; none where it is cut from here on |
 //!
 //! A report is 36 bytes: exit status and signal of the run's process (4 each, -1 for none), what came on its
-//! result pipe (0 nothing, 1 a result, 2 an error), what stopped it (0 nothing, 1 its timeout, 2 an interrupt),
-//! what was cut (bits: 1 stdout, 2 stderr, 4 listing, 8 the result pipe), why the process got a SIGKILL (0 unknown,
+//! result pipe (0 nothing, 1 a result, 2 an error), what stopped it (0 nothing, 1 its timeout, 2 an interrupt,
+//! 3 its CPU time), what was cut (bits: 1 stdout, 2 stderr, 4 listing, 8 the result pipe; 16: the kernel was lost), why the process got a SIGKILL (0 unknown,
 //! 1 not for want of memory, 2 for want of memory), then wall time and CPU time in microseconds and minor page
 //! faults (8 each).
 //!
@@ -38,6 +39,7 @@ pub(super) enum Request {
 pub(super) enum Answer {
     Hello = 129,
     Done = 130,
+    Output = 131,
 }
 
 /// A frame from a supervisor.
@@ -100,6 +102,7 @@ pub(super) fn decode(buffer: &mut BytesMut, longest: usize) -> Result<Option<Fra
     let kind = match header.get_u8() {
         129 => Answer::Hello,
         130 => Answer::Done,
+        131 => Answer::Output,
         other => return Err(Violation::Kind(other)),
     };
     let length = header.get_u32() as usize;

@@ -1,5 +1,6 @@
 //! What came of a run. Every byte of it was a stranger's: here it is checked once, and typed from then on.
 
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 use bytes::{Buf, Bytes};
@@ -22,14 +23,32 @@ pub struct Report {
     pub stderr: String,
     /// The workspace as `ls -lR` prints it, the leading line left out.
     pub workspace_files: Vec<String>,
+    /// Figures that were open at its end.
+    pub artifacts: Vec<Artifact>,
+    /// The value as a page would show it, by media type.
+    pub display: BTreeMap<String, String>,
     /// The fields that were cut at their cap.
     pub truncated: Vec<Field>,
+    /// The session's kernel is gone, and its variables with it.
+    pub kernel_lost: bool,
     /// Wall time of the run's own process.
     pub wall: Duration,
     /// Its CPU time.
     pub cpu: Duration,
     /// Page faults that needed no disk: the figure to watch, it repeats where times do not.
     pub page_faults: u64,
+}
+
+/// A file that a run made without writing one.
+#[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Artifact {
+    /// Unique in its answer.
+    pub name: String,
+    /// As in `Content-Type`.
+    pub media_type: String,
+    /// The bytes.
+    pub base64: String,
 }
 
 /// How a run ended.
@@ -56,6 +75,8 @@ pub enum Field {
     WorkspaceFiles,
     /// `error`
     Error,
+    /// `artifacts` and `display`, which share one cap
+    Artifacts,
 }
 
 impl Field {
@@ -66,6 +87,7 @@ impl Field {
             Field::Stderr => "stderr",
             Field::WorkspaceFiles => "workspace_files",
             Field::Error => "error",
+            Field::Artifacts => "artifacts",
         }
     }
 }
@@ -134,13 +156,15 @@ pub enum ErrorKind {
     ResultTooLarge,
     /// Interrupted on request.
     Cancelled,
+    /// It used the CPU time that its request allowed.
+    CpuExceeded,
 }
 
 impl ErrorKind {
     /// Whether the run's own process may say so; the others are what we saw from outside.
     fn is_for_the_run_to_tell(self) -> bool {
         match self {
-            ErrorKind::Timeout | ErrorKind::Crashed | ErrorKind::Cancelled => false,
+            ErrorKind::Timeout | ErrorKind::Crashed | ErrorKind::Cancelled | ErrorKind::CpuExceeded => false,
             ErrorKind::Raised
             | ErrorKind::Syntax
             | ErrorKind::Exited
@@ -162,6 +186,7 @@ impl ErrorKind {
             ErrorKind::ResultInvalid => "result_invalid",
             ErrorKind::ResultTooLarge => "result_too_large",
             ErrorKind::Cancelled => "cancelled",
+            ErrorKind::CpuExceeded => "cpu_exceeded",
         }
     }
 }
@@ -174,6 +199,7 @@ struct Facts {
     stopped: Option<Stopped>,
     truncated: Vec<Field>,
     oversized: bool,
+    kernel_lost: bool,
     /// Of a process that got a SIGKILL, where the supervisor can see it.
     out_of_memory: Option<bool>,
     wall: Duration,
@@ -194,6 +220,7 @@ enum Said {
 enum Stopped {
     Timeout,
     Cancelled,
+    CpuExceeded,
 }
 
 impl Facts {
@@ -215,6 +242,7 @@ impl Facts {
             0 => None,
             1 => Some(Stopped::Timeout),
             2 => Some(Stopped::Cancelled),
+            3 => Some(Stopped::CpuExceeded),
             _ => return Err(Violation::Content("report")),
         };
         let cut = bytes.get_u8();
@@ -235,6 +263,7 @@ impl Facts {
                 .filter_map(|(bit, field)| (cut & bit != 0).then_some(field))
                 .collect(),
             oversized: cut & 8 != 0,
+            kernel_lost: cut & 16 != 0,
             out_of_memory,
             wall: Duration::from_micros(bytes.get_u64()),
             cpu: Duration::from_micros(bytes.get_u64()),
@@ -268,16 +297,38 @@ impl Told {
     }
 }
 
+/// What a run gave beside its result: each byte of it may be the guest's own.
+#[derive(Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Extras {
+    #[serde(default)]
+    artifacts: Vec<Artifact>,
+    #[serde(default)]
+    display: BTreeMap<String, String>,
+    #[serde(default)]
+    cut: bool,
+}
+
+impl Extras {
+    /// None for what no supervisor of ours would have passed on.
+    fn parse(payload: &[u8]) -> Extras {
+        serde_json::from_slice(payload).unwrap_or_default()
+    }
+}
+
+/// What was asked of a run, as far as its report has to be read by it.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Asked {
+    pub(super) timeout: Duration,
+    pub(super) cpu: Option<Duration>,
+}
+
 const SIGKILL: i32 = 9;
 
 impl Report {
     /// `error_bytes` is the cap of each text of an error.
-    pub(super) fn parse(
-        sections: [Bytes; 5],
-        timeout: Duration,
-        error_bytes: usize,
-    ) -> Result<Report, Violation> {
-        let [facts, payload, stdout, stderr, listing] = sections;
+    pub(super) fn parse(sections: [Bytes; 6], asked: Asked, error_bytes: usize) -> Result<Report, Violation> {
+        let [facts, payload, stdout, stderr, listing, extras] = sections;
         let mut facts = Facts::parse(facts)?;
         let workspace_files = serde_json::from_slice(&listing).map_err(|_| Violation::Content("listing"))?;
         let told = match facts.said {
@@ -288,19 +339,36 @@ impl Report {
         if told.as_ref().is_some_and(|told| told.truncated) {
             truncated.push(Field::Error);
         }
+        let Extras { artifacts, display, cut } = Extras::parse(&extras);
+        if cut {
+            truncated.push(Field::Artifacts);
+        }
+        let kernel_lost = facts.kernel_lost;
         let (wall, cpu, page_faults) = (facts.wall, facts.cpu, facts.page_faults);
-        let outcome = outcome(&facts, told, &payload, timeout);
+        let outcome = outcome(&facts, told, &payload, asked);
         let text = |bytes: Bytes| String::from_utf8_lossy(&bytes).into_owned();
         let (stdout, stderr) = (text(stdout), text(stderr));
-        Ok(Report { outcome, stdout, stderr, workspace_files, truncated, wall, cpu, page_faults })
+        Ok(Report {
+            outcome,
+            stdout,
+            stderr,
+            workspace_files,
+            artifacts,
+            display,
+            truncated,
+            kernel_lost,
+            wall,
+            cpu,
+            page_faults,
+        })
     }
 }
 
 /// What ended the run counts more than what its process says of itself.
-fn outcome(facts: &Facts, told: Option<Told>, payload: &[u8], timeout: Duration) -> Outcome {
+fn outcome(facts: &Facts, told: Option<Told>, payload: &[u8], asked: Asked) -> Outcome {
     let fail = |kind, name: &str, value: String| Outcome::Failed(ErrorDetail::new(kind, name, value));
     match (facts.stopped, told) {
-        (Some(stopped), told) => Outcome::Failed(stopped_by(stopped, told, timeout)),
+        (Some(stopped), told) => Outcome::Failed(stopped_by(stopped, told, asked)),
         (None, Some(Told { kind, name, value, traceback, truncated: _ })) => {
             Outcome::Failed(ErrorDetail { kind, name, value, traceback })
         }
@@ -331,11 +399,15 @@ fn outcome(facts: &Facts, told: Option<Told>, payload: &[u8], timeout: Duration)
     }
 }
 
-fn stopped_by(stopped: Stopped, told: Option<Told>, timeout: Duration) -> ErrorDetail {
+fn stopped_by(stopped: Stopped, told: Option<Told>, asked: Asked) -> ErrorDetail {
     let traceback = told.map(|told| told.traceback).unwrap_or_default();
     let (kind, name, value) = match stopped {
         Stopped::Timeout => {
-            (ErrorKind::Timeout, "TimeoutError", format!("timed out after {} ms", timeout.as_millis()))
+            (ErrorKind::Timeout, "TimeoutError", format!("timed out after {} ms", asked.timeout.as_millis()))
+        }
+        Stopped::CpuExceeded => {
+            let allowed = asked.cpu.unwrap_or_default().as_millis();
+            (ErrorKind::CpuExceeded, "TimeoutError", format!("used more than {allowed} ms of CPU time"))
         }
         Stopped::Cancelled => (ErrorKind::Cancelled, "KeyboardInterrupt", "cancelled".into()),
     };
@@ -408,8 +480,8 @@ mod tests {
         bytes.extend([said, stopped, cut, memory]);
         bytes.extend([0; 24]);
         let part = |text: &str| Bytes::copy_from_slice(text.as_bytes());
-        let sections = [bytes.into(), part(payload), part("out"), part(""), part("[\"total 0\"]")];
-        Report::parse(sections, Duration::from_secs(1), 1000).unwrap()
+        let sections = [bytes.into(), part(payload), part("out"), part(""), part("[\"total 0\"]"), part("")];
+        Report::parse(sections, Asked { timeout: Duration::from_secs(1), cpu: None }, 1000).unwrap()
     }
 
     fn kind(facts: Given, payload: &str) -> ErrorKind {

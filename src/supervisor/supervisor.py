@@ -1,7 +1,7 @@
 # PID 1 of every sandbox: keeps one interpreter forked in advance and hands it the code of the next run.
 #
-# Three processes: the supervisor (PID 1) talks to the server, the forker holds the next interpreter ready,
-# and the run's own process executes the guest's code.
+# The supervisor (PID 1) talks to the server, the forker holds the next interpreter ready, and the run's own process
+# executes the guest's code. A session that asks for it has a kernel, too: an interpreter that stays between runs.
 #
 # Only the standard library, Python 3.8 to 3.14, and as few imports as can be: each costs every sandbox
 # a part of its start (`signal` alone 4 ms, through enum; hence `_signal`). The frames on descriptors 0
@@ -15,24 +15,30 @@ import gc, os, select, struct, sys, time
 import _signal, _socket, _stat
 
 HELLO, RUN, INTERRUPT = 1, 2, 3
-HELLO_ANSWER, DONE = 129, 130
+HELLO_ANSWER, DONE, OUTPUT = 129, 130, 131
 HEADER = struct.Struct(">QBI")  # nonce, kind, length of the payload
-OUTCOME = struct.Struct(">BI")  # what the run's process says of itself: kind, length
+OUTCOME = struct.Struct(">BII")  # what the run's process says of itself: kind, lengths of the payload and the extras
 RESULT, ERROR = 1, 2
 REPORT = struct.Struct(">iiBBBBQQQ")  # see protocol.rs
 FORKED = struct.Struct("=i")  # what the forker says: the pid of an interpreter that waits, its descriptors beside it
 DESCRIPTORS = struct.Struct("=4i")
 ENDED = struct.Struct("=iQQ")  # then of the same one: wait status, CPU time in microseconds, minor page faults
+KERNEL = struct.Struct("=iQ")  # what the forker is told: the pid of a kernel, and when it was started
 NOTHING = -1
-TIMEOUT, CANCELLED = 1, 2
+TIMEOUT, CANCELLED, CPU_EXCEEDED = 1, 2, 3
+CUT_STDOUT, CUT_STDERR, CUT_LISTING, CUT_RESULT, KERNEL_LOST = 1, 2, 4, 8, 16
 UNKNOWN, NOT_OUT_OF_MEMORY, OUT_OF_MEMORY = 0, 1, 2
 PARK, BESIDE = "park", "beside"
 PARKED = b"parked"  # the name of a PID 1 that is
+PARKED_KERNEL = b"parked kernel"  # and of one that had a kernel, which nobody can talk to any more
 EMPTY = b'["total 0"]'
 LENGTH = struct.Struct(">I")
 
 WORKSPACE = "/workspace"
 CODE_NAME = "<code>"  # the guest's code in its tracebacks
+CELL_NAME = "<code %d>"  # and that of a kernel's runs, whose functions outlive them
+SOURCES = 256  # of a kernel's runs, the last ones whose lines tracebacks show
+ONLY_AST = 0x400  # as ast.PyCF_ONLY_AST
 MOST_DESCRIPTORS = 64  # this file opens about 15
 PR_SET_DUMPABLE, PR_SET_NAME = 4, 15
 PARK_WAIT_S = 5.0  # for a PID 1 whose server has only just left
@@ -40,6 +46,7 @@ OOM_SCORE_ADJ = "900"  # of all but the supervisor, whose own comes from the eng
 NICE = 10  # of all but the supervisor: a guest's fork bomb must not starve what is to stop it
 WARM_AFTER_S = 0.002  # a sandbox that is busy has its next task sooner, and saves the warming
 MOST_ENDED = 256  # children collected in one go
+LOOK_AGAIN_S = 0.25  # whether a kernel is dead whose end of the pipe a fork of it holds open
 ATTEMPTS = 3  # to begin a run, before the sandbox is given up
 REAP_S = 5.0  # a process that outlives SIGKILL by this much condemns the sandbox
 LISTING_BYTES = 512 * 1024  # a name may be 255 bytes of escapes, so lines alone are no bound
@@ -151,7 +158,23 @@ DIGITS = sys.get_int_max_str_digits() if hasattr(sys, "get_int_max_str_digits") 
 class SourceFinder:
     """Puts the guest's source where tracebacks look for it, once `linecache` is imported."""
 
-    source = ""
+    sources = {}
+
+    def remember(self, name, source):
+        self.sources[name] = source
+        if len(self.sources) > SOURCES:
+            forgotten = next(iter(self.sources))
+            del self.sources[forgotten]
+            if "linecache" in sys.modules:
+                sys.modules["linecache"].cache.pop(forgotten, None)
+        if "linecache" in sys.modules:
+            sys.modules["linecache"].cache[name] = self.entry(name)
+
+    def entry(self, name):
+        """As Python counts lines, each with its end, as those of a file: carets are placed by it."""
+        source = self.sources[name]
+        lines = source.replace("\r\n", "\n").replace("\r", "\n").split("\n")
+        return len(source), None, [line + "\n" for line in lines], name
 
     def find_spec(self, name, path=None, target=None):
         if name != "linecache":
@@ -159,9 +182,7 @@ class SourceFinder:
         sys.meta_path.remove(self)
         spec = sys.modules["_frozen_importlib_external"].PathFinder.find_spec(name)
         execute = spec.loader.exec_module
-        # As Python counts lines, each with its end, as those of a file: carets are placed by it.
-        lines = self.source.replace("\r\n", "\n").replace("\r", "\n").split("\n")
-        entry = (len(self.source), None, [line + "\n" for line in lines], CODE_NAME)
+        entries = {name: self.entry(name) for name in self.sources}
 
         class Loader:
             create_module = staticmethod(lambda spec: None)
@@ -169,7 +190,7 @@ class SourceFinder:
             @staticmethod
             def exec_module(module):
                 execute(module)
-                module.cache[CODE_NAME] = entry
+                module.cache.update(entries)
 
         spec.loader = Loader
         return spec
@@ -206,7 +227,6 @@ def read_task(fd):
     while missing:
         parts.append(os.read(fd, min(missing, 1 << 20)))
         missing -= len(parts[-1])
-    os.close(fd)
     return split(b"".join(parts))
 
 
@@ -325,7 +345,7 @@ def end_of(error):
     raise Failure("exited", "SystemExit", "exited with status %d" % (code & 0xFF))
 
 
-def execute(code, scope):
+def execute(code, scope, extras):
     """Runs the guest's code and what Python runs at its exit: threads to join, `atexit`."""
     try:
         try:
@@ -334,6 +354,7 @@ def execute(code, scope):
             end_of(error)
         if "threading" in sys.modules:
             sys.modules["threading"]._shutdown()
+        extras.take_figures()  # which matplotlib drops at exit
         if "atexit" in sys.modules:
             sys.modules["atexit"]._run_exitfuncs()
     except Failure:
@@ -354,22 +375,31 @@ def variables(data):
     return {normalize("NFKC", name): value for name, value in found.items()}
 
 
-def outcome_of(source, data, limits):
-    """Runs the code; gives the kind and the bytes that the result pipe carries."""
+def compiled(source, name, flags=0, mode="exec"):
+    try:
+        return compile(source, name, mode, flags, True)
+    except (SyntaxError, ValueError) as error:
+        raise failure_of(error, syntax=True)
+
+
+def run_fresh(source, limits, extras):
+    """A program of its own: the value of `result`, as JSON."""
+    FINDER.remember(CODE_NAME, source)
+    execute(compiled(source, CODE_NAME), SCOPE, extras)
+    return encode_result(SCOPE.get("result"), limits["result"])
+
+
+def outcome_of(source, data, limits, run=run_fresh):
+    """Runs the code; gives the kind and the bytes that the result pipe carries, and the extras."""
+    extras = Extras(limits["artifacts"])
     try:
         try:
             if data:
                 SCOPE.update(variables(data))
-            FINDER.source = source
             allow_digits(DIGITS)
             _signal.signal(_signal.SIGINT, _signal.default_int_handler)
             _signal.pthread_sigmask(_signal.SIG_UNBLOCK, [_signal.SIGINT])
-            try:
-                code = compile(source, CODE_NAME, "exec", 0, True)
-            except (SyntaxError, ValueError) as error:
-                raise failure_of(error, syntax=True)
-            execute(code, SCOPE)
-            return RESULT, encode_result(SCOPE.get("result"), limits["result"])
+            return RESULT, run(source, limits, extras), extras.encoded()
         except Failure:
             raise
         except BaseException as error:
@@ -382,7 +412,88 @@ def outcome_of(source, data, limits):
                 detail["truncated"] = True
                 text = text[: limits["error"]]
             detail[key] = text.decode("utf-8", "ignore")
-        return ERROR, dumps(detail).encode()
+        return ERROR, dumps(detail).encode(), extras.encoded()
+
+
+class Extras:
+    """What an answer may hold beside the result: figures, and a value as a page would show it."""
+
+    DISPLAYS = (
+        ("text/html", "_repr_html_"),
+        ("text/markdown", "_repr_markdown_"),
+        ("text/latex", "_repr_latex_"),
+        ("image/svg+xml", "_repr_svg_"),
+        ("image/png", "_repr_png_"),
+        ("image/jpeg", "_repr_jpeg_"),
+    )
+
+    def __init__(self, room):
+        self.room = room  # bytes; without any there are no extras
+        self.artifacts, self.display, self.cut = [], {}, False
+
+    def fits(self, size):
+        if size <= self.room:
+            self.room -= size
+            return True
+        self.cut = True
+        return False
+
+    def take_figures(self):
+        """The figures that are still open, as PNG."""
+        pyplot = sys.modules.get("matplotlib.pyplot")
+        if not pyplot or not self.room:
+            return
+        try:
+            import io
+
+            for number in pyplot.get_fignums():
+                image = io.BytesIO()
+                pyplot.figure(number).savefig(image, format="png")
+                encoded = base64(image.getvalue())
+                if self.fits(len(encoded)):
+                    name = "figure-%d.png" % number
+                    self.artifacts.append({"name": name, "media_type": "image/png", "base64": encoded})
+        except Exception:
+            pass  # a picture that cannot be drawn is no failure of the run
+
+    def close_figures(self):
+        """So that an interpreter that stays shows each of them once."""
+        if "matplotlib.pyplot" in sys.modules:
+            sys.modules["matplotlib.pyplot"].close("all")
+
+    def show(self, value, anyhow):
+        """A value by its own idea of how it looks; without one, `anyhow`, as Python prints it."""
+        if not self.room:
+            return
+        shown = {}
+        for media_type, method in self.DISPLAYS:
+            try:
+                look = getattr(type(value), method, None)
+                drawn = look and look(value)
+                if isinstance(drawn, (bytes, str)):
+                    shown[media_type] = base64(drawn) if isinstance(drawn, bytes) else drawn
+            except Exception:
+                pass
+        if shown or anyhow:
+            try:
+                shown["text/plain"] = repr(value)
+            except Exception:
+                pass
+        for media_type, text in shown.items():
+            text = text.encode("utf-8", "replace").decode()  # a lone surrogate is no JSON
+            if self.fits(len(text.encode())):
+                self.display[media_type] = text
+
+    def encoded(self):
+        parts = {"artifacts": self.artifacts, "display": self.display, "cut": self.cut}
+        parts = {name: part for name, part in parts.items() if part}
+        return dumps(parts).encode() if parts else b""
+
+
+def base64(data):
+    from binascii import b2a_base64
+
+    return b2a_base64(data, newline=False).decode()
 
 
 def flush():
@@ -411,17 +522,161 @@ def run_process(task, out, err, result, limits):
     os.closerange(3, low), os.closerange(low + 1, high), os.closerange(high + 1, MOST_DESCRIPTORS)
     if not select.select([task], [], [], WARM_AFTER_S)[0]:  # nobody waits: one who comes later shall not, either
         warm_up()
-    source, data, stdin = read_task(task)
+    source, data, stdin, narrowed = read_task(task)
+    os.close(task)
     if stdin:
         feed(stdin)
+    if narrowed:
+        narrow(loads(narrowed.decode()))
+    outcome = outcome_to_tell(source, data, limits, run_fresh)
+    if os.getpid() == pid:  # and not a fork of the guest's that came to the end of the code
+        write_all(result, outcome)
+
+
+def outcome_to_tell(source, data, limits, run):
     try:
-        kind, payload = outcome_of(source.decode(), data.decode(), limits)
+        kind, payload, extras = outcome_of(source.decode(), data.decode(), limits, run)
         _signal.signal(_signal.SIGINT, _signal.SIG_IGN)
         flush()
     except KeyboardInterrupt:  # between two of the lines above; the supervisor knows why
-        kind, payload = ERROR, b'{"kind":"raised","name":"KeyboardInterrupt","value":"","traceback":""}'
-    if os.getpid() == pid:  # and not a fork of the guest's that came to the end of the code
-        write_all(result, OUTCOME.pack(kind, len(payload)) + payload)
+        kind, payload, extras = ERROR, INTERRUPTED, b""
+    return OUTCOME.pack(kind, len(payload), len(extras)) + payload + extras
+
+
+def narrow(limits):
+    """Less than the sandbox may, for this process and what it starts, and never more."""
+    import resource
+
+    if "memory_bytes" in limits:
+        with open("/proc/self/statm", "rb", 0) as file:
+            mapped = int(file.read().split()[0]) * resource.getpagesize()
+        lower(resource, resource.RLIMIT_AS, mapped + limits["memory_bytes"])  # what the run itself maps
+    if "cpu_ms" in limits:  # the supervisor looks closer, but at this process only
+        lower(resource, resource.RLIMIT_CPU, limits["cpu_ms"] // 1000 + 2)
+
+
+def lower(resource, limit, value):
+    _, hard = resource.getrlimit(limit)
+    value = value if hard == resource.RLIM_INFINITY else min(value, hard)
+    resource.setrlimit(limit, (value, value))
+
+
+# -- the kernel's own process ------------------------------------------------------------------------
+
+
+def run_cell(source, limits, extras):
+    """In the scope that stays: the value of `result` where this run sets it, else of a last expression, as JSON."""
+    cell.number += 1
+    name = CELL_NAME % cell.number
+    FINDER.remember(name, source)
+    tree = compiled(source, name, ONLY_AST)
+    last = tree.body[-1] if tree.body else None
+    expression = None
+    if type(last).__name__ == "Expr":
+        import _ast
+
+        tree.body.pop()
+        expression = compiled(_ast.Expression(last.value), name, mode="eval")
+    with Results():
+        value = execute_cell(compiled(tree, name), expression)
+        extras.take_figures()
+        extras.close_figures()
+        if "result" in SCOPE:
+            extras.show(SCOPE["result"], False)
+            return encode_result(SCOPE["result"], limits["result"])
+    return shown_result(value, limits, extras)
+
+
+def cell():
+    """Runs of this kernel so far, in `number`."""
+
+
+cell.number = 0
+
+
+def execute_cell(code, expression):
+    try:
+        exec(code, SCOPE)
+        return eval(expression, SCOPE) if expression else None
+    except SystemExit as error:
+        end_of(error)
+    except BaseException as error:
+        raise failure_of(error)
+
+
+def shown_result(value, limits, extras):
+    """Of an expression: what JSON does not have is no failure, but only shown."""
+    if value is None:
+        return b"null"
+    try:
+        encoded = encode_result(value, limits["result"])
+        extras.show(value, False)
+        return encoded
+    except Failure:
+        extras.show(value, True)
+        return b"null"
+
+
+class Results:
+    """Tells a `result` that this run sets from an earlier one's, which can be read all the same: as a builtin."""
+
+    def __enter__(self):
+        self.old = SCOPE.pop("result", self)
+        if self.old is not self:
+            BUILTINS.result = self.old
+
+    def __exit__(self, *_):
+        if self.old is not self:
+            vars(BUILTINS).pop("result", None)
+            SCOPE.setdefault("result", self.old)
+
+
+BUILTINS = sys.modules["builtins"]
+INTERRUPTED = b'{"kind":"raised","name":"KeyboardInterrupt","value":"","traceback":""}'
+
+
+def kernel_process(channel, out, err, limits):
+    """The whole life of a kernel: one task after another in one scope, whose threads go on between them."""
+    pid = os.getpid()
+    os.setsid()
+    os.dup2(out, 1), os.dup2(err, 2)
+    os.close(out), os.close(err)
+    while True:
+        source, data, stdin, narrowed = read_task(channel)
+        stand_in(stdin)
+        before = narrow_softly(loads(narrowed.decode())) if narrowed else None
+        outcome = outcome_to_tell(source, data, limits, run_cell)
+        if os.getpid() != pid:
+            os._exit(0)  # a fork of the guest's that came to the end of the code
+        if before:
+            sys.modules["resource"].setrlimit(*before)
+        write_all(channel, outcome)
+
+
+def stand_in(stdin):
+    """A new standard input for each run: the last one's may be at its end."""
+    if stdin:
+        feed(stdin)
+    else:
+        null = os.open(os.devnull, os.O_RDONLY)
+        os.dup2(null, 0)
+        os.close(null)
+    sys.stdin = sys.__stdin__ = open(0, closefd=False, encoding="utf-8", errors="surrogateescape")
+
+
+def narrow_softly(limits):
+    """For one run of a process that stays: what it may raise again. Gives what brings back the old limit."""
+    if "memory_bytes" not in limits:
+        return None
+    import resource
+
+    old = resource.getrlimit(resource.RLIMIT_AS)
+    with open("/proc/self/statm", "rb", 0) as file:
+        mapped = int(file.read().split()[0]) * resource.getpagesize()
+    value = mapped + limits["memory_bytes"]
+    bounds = [bound for bound in old if bound != resource.RLIM_INFINITY]
+    resource.setrlimit(resource.RLIMIT_AS, (min([value] + bounds), old[1]))
+    return resource.RLIMIT_AS, old
 
 
 class Interpreter:
@@ -472,8 +727,9 @@ def fork_forever(socket, limits):
             os.close(pair[0]), os.close(pair[1])
         _, status, usage = os.wait4(pid, 0)
         end = None
+        kernel = told_kernel(socket)
         # All but PID 1, which collects them, and this process, which has children by clone(CLONE_PARENT).
-        while MODE != BESIDE and kill_all():  # beside PID 1 the supervisor would be one of them, and kills itself
+        while MODE != BESIDE and kill_all(kernel):  # beside PID 1 the supervisor would be one of them, and kills itself
             end = end or time.monotonic() + REAP_S
             if time.monotonic() > end:
                 os._exit(1)
@@ -483,7 +739,18 @@ def fork_forever(socket, limits):
         socket.send(ENDED.pack(status, cpu_us, usage.ru_minflt))
 
 
-def become_forker(socket):
+def told_kernel(socket):
+    """The kernel that is to be spared, as the supervisor told before the run."""
+    kernel = None
+    while select.select([socket], [], [], 0)[0]:
+        data = socket.recv(KERNEL.size)
+        if not data:
+            os._exit(0)
+        kernel = KERNEL.unpack(data)
+    return kernel
+
+
+def become_guest(*kept):
     """Lets go of all that is the supervisor's: its signals, its descriptors and its place before the guest's."""
     _signal.signal(_signal.SIGCHLD, _signal.SIG_DFL)
     # Held back until the run's process can raise KeyboardInterrupt, lest a short time be over unnoticed.
@@ -493,7 +760,10 @@ def become_forker(socket):
     null = os.open(os.devnull, os.O_RDWR)
     for target in (0, 1, 2):
         os.dup2(null, target)
-    os.closerange(3, socket), os.closerange(socket + 1, MOST_DESCRIPTORS)
+    low = 3
+    for fd in sorted(kept) + [MOST_DESCRIPTORS]:
+        os.closerange(low, fd)
+        low = fd + 1
 
 
 class Forker:
@@ -504,7 +774,7 @@ class Forker:
         self.pid = os.fork()
         if self.pid == 0:
             try:
-                become_forker(theirs.fileno())
+                become_guest(theirs.fileno())
                 prepare(limits)
                 fork_forever(theirs, limits)
             finally:
@@ -522,6 +792,13 @@ class Forker:
             return None
         return Interpreter(*FORKED.unpack(data), DESCRIPTORS.unpack(ancillary[0][2]))
 
+    def spare(self, kernel):
+        """At the end of the run that comes next."""
+        try:
+            self.socket.send(KERNEL.pack(*kernel.identity))
+        except OSError:
+            pass  # it is dead, and noticed
+
     def ended(self):
         """How the last interpreter ended: wait status, CPU time, page faults; None where the forker is dead."""
         try:
@@ -537,8 +814,9 @@ class Forker:
 class Capture:
     """Reads one of a run's pipes: keeps up to its cap, drops the rest, never stops reading."""
 
-    def __init__(self, fd, cap):
+    def __init__(self, fd, cap, tell=None):
         self.fd, self.cap, self.parts, self.size, self.cut = fd, cap, [], 0, False
+        self.tell = tell  # whom each part is told as it comes
 
     def read(self):
         """Reads once, so that a fast writer starves nobody: None where nothing is there, False at the end."""
@@ -546,51 +824,78 @@ class Capture:
             data = os.read(self.fd, 1 << 16)
         except BlockingIOError:
             return None
+        except ConnectionResetError:  # a kernel that died before it read its task
+            return False
         room = self.cap - self.size
-        if len(data) > room:
-            self.cut = True
         if data and room:
             self.parts.append(data[:room])
             self.size += len(self.parts[-1])
+            if self.tell:
+                self.tell(self.parts[-1])
+        if len(data) > room and not self.cut:
+            self.cut = True
+            if self.tell:
+                self.tell(b"")  # nothing follows
         return bool(data)
+
+    def go_on(self, cap, tell):
+        """For the next run, whose answer has what has come since the last one."""
+        self.cap, self.tell = max(cap, self.size), tell
+        if tell and self.size:
+            tell(self.bytes())
+
+    def begin_anew(self, cap):
+        self.parts, self.size, self.cut, self.cap, self.tell = [], 0, False, cap, None
 
     def bytes(self):
         return b"".join(self.parts)
 
 
 def first_frame(data):
-    """The outcome that the run's process sent: its kind and payload; None where there is no whole one."""
+    """The outcome that the run's process sent: kind, payload, extras; None where there is no whole one."""
     if len(data) < OUTCOME.size:
         return None
-    kind, length = OUTCOME.unpack_from(data)
-    payload = data[OUTCOME.size : OUTCOME.size + length]
-    whole = len(payload) == length and kind in (RESULT, ERROR)
-    return (kind, payload) if whole else None
+    kind, length, more = OUTCOME.unpack_from(data)
+    end = OUTCOME.size + length
+    payload, extras = data[OUTCOME.size : end], data[end : end + more]
+    whole = len(payload) == length and len(extras) == more and kind in (RESULT, ERROR)
+    return (kind, payload, extras) if whole else None
 
 
 class Run:
     """One run, from its task to its last byte."""
 
-    def __init__(self, supervisor, interpreter, nonce, timeout_ms):
-        limits = supervisor.limits
-        self.supervisor, self.interpreter, self.nonce = supervisor, interpreter, nonce
-        self.out = Capture(interpreter.out, limits["stdout"])
-        self.err = Capture(interpreter.err, limits["stderr"])
-        self.result = Capture(interpreter.result, OUTCOME.size + max(limits["result"], 16 * limits["error"]))
+    def __init__(self, supervisor, nonce, options, pid):
+        self.supervisor, self.nonce, self.options, self.pid = supervisor, nonce, options, pid
         self.status, self.cpu_us, self.page_faults = None, 0, 0
         self.why = 0
-        self.forker_died = False
-        self.grace = limits["grace_ms"] / 1000
-        self.deadline = time.monotonic() + timeout_ms / 1000
-        self.killed = False
+        self.forker_died = self.killed = False
+        self.grace = supervisor.limits["grace_ms"] / 1000
+        self.deadline = time.monotonic() + options["timeout_ms"] / 1000
+        self.cpu_end = None
+        if "cpu_ms" in options:
+            self.cpu_end = (cpu_time(pid) or 0) + options["cpu_ms"] / 1000
+
+    def cap(self, name):
+        return min(self.supervisor.limits[name], self.options.get("output_bytes", 1 << 62))
+
+    def teller(self, stream):
+        """Where the client wants output as it comes."""
+        if not self.options.get("stream"):
+            return None
+        return lambda data: send(self.nonce, OUTPUT, stream, data)
+
+    def result_cap(self):
+        limits = self.supervisor.limits
+        return OUTCOME.size + max(limits["result"], 16 * limits["error"]) + extras_cap(limits)
 
     def interrupt(self, why):
-        """Asks first, by SIGINT, for TIMEOUT or CANCELLED; `expire` follows with SIGKILL after the grace."""
+        """Asks first, by SIGINT, for one of the reasons; `expire` follows with SIGKILL after the grace."""
         if not self.why:
             self.why = why
             self.deadline = time.monotonic() + self.grace
             try:
-                os.kill(self.interpreter.pid, _signal.SIGINT)
+                os.kill(self.pid, _signal.SIGINT)
             except ProcessLookupError:
                 pass  # it has just ended; the forker is about to say so
 
@@ -599,8 +904,11 @@ class Run:
             self.interrupt(TIMEOUT)
         else:
             self.killed = True
-            kill_all()  # the forker, too
+            self.kill()
             self.deadline = time.monotonic() + REAP_S
+
+    def kill(self):
+        kill_all(self.supervisor.kernel_identity())  # the forker, too
 
     def end(self, ended):
         """The forker's word on the run's process; where it has none it is dead, and everything else is to be."""
@@ -609,17 +917,28 @@ class Run:
         else:
             self.status, self.forker_died = _signal.SIGKILL, True
 
+    def patience(self):
+        """Seconds until something is due."""
+        now = time.monotonic()
+        if self.cpu_end is None or self.why:
+            return self.deadline - now
+        left = self.cpu_end - (cpu_time(self.pid) or 0)
+        if left <= 0:
+            self.interrupt(CPU_EXCEEDED)
+            return self.deadline - now
+        return min(self.deadline - now, max(left / CORES, 0.001))
+
     def wait(self):
         """Serves the run's pipes, signals and deadline until its process has ended."""
         self.supervisor.listen(self)
-        poller = self.supervisor.poller
+        poller = self.poller
         captures = {capture.fd: capture for capture in (self.out, self.err, self.result)}
         for fd in captures:
             poller.register(fd, select.POLLIN)
         try:
             while self.status is None:
-                left = self.deadline - time.monotonic()
-                if left <= 0:
+                left = self.patience()
+                if time.monotonic() >= self.deadline:
                     if self.killed:
                         os._exit(1)  # it outlives SIGKILL: the sandbox is of no more use
                     self.expire()
@@ -629,11 +948,19 @@ class Run:
                         if captures[fd].read() is False:
                             poller.unregister(fd)
                             del captures[fd]
+                        if fd == self.result.fd:
+                            self.heard(fd in captures)
                     else:
-                        self.supervisor.serve(fd, self)
+                        self.serve(fd)
         finally:
             for fd in captures:
                 poller.unregister(fd)
+
+    def heard(self, more):
+        """Something came on the result pipe, or its end did."""
+
+    def serve(self, fd):
+        self.supervisor.serve(fd, self)
 
     def drain(self):
         """What is still in the pipes, now that nobody writes any more: 16 reads empty a full one."""
@@ -643,18 +970,202 @@ class Run:
                     break
 
 
-def kill_all():
-    """Kills every process but this one; False where there was none."""
+class FreshRun(Run):
+    """In an interpreter of its own."""
+
+    def __init__(self, supervisor, nonce, options, interpreter):
+        super().__init__(supervisor, nonce, options, interpreter.pid)
+        self.out = Capture(interpreter.out, self.cap("stdout"), self.teller(b"\1"))
+        self.err = Capture(interpreter.err, self.cap("stderr"), self.teller(b"\2"))
+        self.result = Capture(interpreter.result, self.result_cap())
+        self.poller = supervisor.poller
+
+
+class KernelRun(Run):
+    """In the interpreter that stays, which may end in the middle of it."""
+
+    def __init__(self, supervisor, nonce, options, kernel, task):
+        super().__init__(supervisor, nonce, options, kernel.pid)
+        self.kernel, self.task = kernel, memoryview(task)
+        self.out, self.err = kernel.out, kernel.err
+        self.out.go_on(self.cap("stdout"), self.teller(b"\1"))
+        self.err.go_on(self.cap("stderr"), self.teller(b"\2"))
+        self.result = Capture(kernel.channel.fileno(), self.result_cap())
+        self.cpu_before = cpu_time(kernel.pid) or 0
+        self.poller = select.poll()
+        self.poller.register(0, select.POLLIN)
+        self.give()
+
+    def give(self):
+        """As much of the task as the kernel takes; a thread of it that holds everything up shall not hold us."""
+        try:
+            while self.task:
+                self.task = self.task[self.kernel.channel.send(self.task[: 1 << 16]) :]
+        except BlockingIOError:
+            pass
+        except OSError:
+            self.task = b""  # it is dead, and about to be seen
+
+    def patience(self):
+        if self.kernel.status() is not None:
+            self.lost()  # the pipe may be open all the same, in a fork of it
+            return 0
+        self.give()
+        return min(super().patience(), 0.001 if self.task else LOOK_AGAIN_S)
+
+    def heard(self, more):
+        if first_frame(self.result.bytes()):
+            self.status = 0
+        elif not more:
+            self.lost()
+
+    def lost(self):
+        """The kernel is dead, and all that it had started is to be, too."""
+        self.kill()
+        end = time.monotonic() + REAP_S
+        while self.kernel.status() is None:
+            if time.monotonic() > end:
+                os._exit(1)
+            collect()
+            time.sleep(0.0005)
+        self.status = self.kernel.status()
+
+    def kill(self):
+        self.forker_died = True
+        kill_all()
+
+    def drain(self):
+        self.cpu_us = int(((cpu_time(self.pid) or self.cpu_before) - self.cpu_before) * 1e6)
+        for capture in (self.out, self.err):
+            for _ in range(16):
+                if not capture.read():
+                    break
+
+
+class Kernel:
+    """The supervisor's side of an interpreter that stays between runs."""
+
+    def __init__(self, limits):
+        self.limits = limits
+        self.channel, theirs = _socket.socketpair()
+        (out_read, out), (err_read, err) = os.pipe(), os.pipe()
+        self.pid = os.fork()
+        if self.pid == 0:
+            try:
+                become_guest(theirs.fileno(), out, err)
+                prepare(limits)
+                kernel_process(theirs.fileno(), out, err, limits)
+            finally:
+                os._exit(70)
+        KERNELS[self.pid] = None
+        theirs.close()
+        os.close(out), os.close(err)
+        self.channel.setblocking(False)
+        os.set_blocking(out_read, False), os.set_blocking(err_read, False)
+        self.out, self.err = Capture(out_read, limits["stdout"]), Capture(err_read, limits["stderr"])
+        self.identity = self.pid, stat_of(self.pid)[1]
+
+    def status(self):
+        """Its wait status; None while it lives."""
+        return KERNELS[self.pid]
+
+    def rest(self):
+        """Between runs: what it prints from now on comes with the next answer."""
+        self.out.begin_anew(self.limits["stdout"]), self.err.begin_anew(self.limits["stderr"])
+
+    def watch(self):
+        """Reads what it prints until the server says something; False where the kernel is of no more use."""
+        poller, open_fds = select.poll(), {self.out.fd: self.out, self.err.fd: self.err}
+        for fd in (0, self.channel.fileno(), *open_fds):
+            poller.register(fd, select.POLLIN)
+        while True:
+            for fd, _ in poller.poll():
+                if fd == 0:
+                    return True
+                if fd == self.channel.fileno():
+                    return False  # it has ended, or says something that nobody asked for
+                if open_fds[fd].read() is False:
+                    poller.unregister(fd)
+
+    def close(self):
+        self.channel.close()
+        os.close(self.out.fd), os.close(self.err.fd)
+        del KERNELS[self.pid]
+
+
+KERNELS = {}  # wait statuses by pid, once they have ended
+CORES = os.cpu_count() or 1
+
+
+def extras_cap(limits):
+    return limits["artifacts"] and 6 * limits["artifacts"] + 4096  # as JSON, with its names
+
+
+def cpu_time(pid):
+    """Seconds of CPU that a process has used; None where it is gone."""
     try:
-        os.kill(-1, _signal.SIGKILL)
-        return True
+        return time.clock_gettime(~pid << 3 | 2)  # the clock that clock_getcpuclockid(3) names
+    except OSError:
+        return None
+
+
+def stat_of(pid):
+    """A process's parent, and when it was started: with its pid, who it is."""
+    with open("/proc/%d/stat" % pid, "rb", 0) as file:
+        fields = file.read().rpartition(b")")[2].split()
+    return int(fields[1]), int(fields[19])
+
+
+def kill_all(kernel=None):
+    """Kills every process but this one, and a kernel and its children; False where there was none."""
+    try:
+        if not kernel or not is_kernel(kernel):
+            os.kill(-1, _signal.SIGKILL)
+            return True
+        os.kill(-1, _signal.SIGSTOP)  # from here on nobody forks
+        return kill_all_but(family(kernel[0]))
     except ProcessLookupError:
         return False
 
 
-def kill_until_nothing_is_left():
+def is_kernel(kernel):
+    pid, started = kernel
+    try:
+        return stat_of(pid)[1] == started
+    except (OSError, IndexError):
+        return False
+
+
+def family(pid):
+    """A process with all that descends from it, and all others but PID 1 and this one."""
+    parents = {}
+    for name in os.listdir("/proc"):
+        if name.isdigit() and int(name) not in (1, os.getpid()):
+            try:
+                parents[int(name)] = stat_of(int(name))[0]
+            except (OSError, IndexError):
+                pass  # it is gone
+    members, before = {pid}, 0
+    while len(members) > before:
+        before = len(members)
+        members |= {child for child, parent in parents.items() if parent in members}
+    return members, parents.keys() - members
+
+
+def kill_all_but(kin):
+    kept, others = kin
+    for pids, signal in ((others, _signal.SIGKILL), (kept, _signal.SIGCONT)):
+        for pid in pids:
+            try:
+                os.kill(pid, signal)
+            except ProcessLookupError:
+                pass
+    return bool(others)
+
+
+def kill_until_nothing_is_left(kernel=None):
     end = time.monotonic() + REAP_S
-    while kill_all():
+    while kill_all(kernel):
         if time.monotonic() > end:
             os._exit(1)  # something outlives SIGKILL: the sandbox is of no more use
         collect()
@@ -669,8 +1180,11 @@ def collect():
     """
     try:
         for _ in range(MOST_ENDED):
-            if not os.waitpid(-1, os.WNOHANG)[0]:
+            pid, status = os.waitpid(-1, os.WNOHANG)
+            if not pid:
                 return False
+            if pid in KERNELS:
+                KERNELS[pid] = status
     except ChildProcessError:
         return False
     return True
@@ -683,7 +1197,7 @@ def leave():
     if MODE != PARK:
         os._exit(0)
     _signal.pthread_sigmask(_signal.SIG_BLOCK, [_signal.SIGCHLD])
-    prctl(PR_SET_NAME, PARKED)
+    prctl(PR_SET_NAME, PARKED_KERNEL if KERNELS else PARKED)
     while True:
         while collect():
             pass
@@ -692,13 +1206,14 @@ def leave():
 
 class Supervisor:
     greeted = False  # whether a server has said hello to this one
+    kernel_lost = False  # since the last answer that said so
 
     def __init__(self):
         self.input = Input()
         self.backlog = []
         self.empty_since = None
         self.limits = None
-        self.forker = self.waiting = None
+        self.forker = self.waiting = self.kernel = None
         self.poller = select.poll()
         _signal.signal(_signal.SIGCHLD, lambda *_: collect())
         _signal.signal(_signal.SIGINT, _signal.SIG_IGN)  # a guest may send it: kill(1, SIGINT)
@@ -733,9 +1248,15 @@ class Supervisor:
             self.poller.unregister(self.forker.fd)
             self.forker.socket.close()
         if self.forker or MODE == BESIDE:  # there is something to kill
-            kill_until_nothing_is_left()
+            kill_until_nothing_is_left(self.kernel_identity())
         enterable()
-        self.forker = Forker(self.limits)
+        try:
+            self.forker = Forker(self.limits)
+        except BlockingIOError:  # a kernel has all the processes that there may be
+            if not self.kernel:
+                raise
+            self.forker = None
+            return self.lose_kernel()
         self.poller.register(self.forker.fd, select.POLLIN)
 
     def hello(self, nonce, payload):
@@ -750,9 +1271,17 @@ class Supervisor:
         options, *task = split(payload)
         del payload
         options = loads(options.decode())
+        narrowed = {name: options[name] for name in ("memory_bytes", "cpu_ms") if name in options}
+        task.append(dumps(narrowed).encode() if narrowed else b"")
+        if options.get("kernel"):
+            self.run_in_kernel(nonce, options, task)
+        else:
+            self.run_fresh(nonce, options, task)
+
+    def run_fresh(self, nonce, options, task):
         interpreter = self.begin(task)
         begun = time.monotonic()
-        run = Run(self, interpreter, nonce, options["timeout_ms"])
+        run = FreshRun(self, nonce, options, interpreter)
         run.wait()
         spent = time.monotonic() - begun
         if run.forker_died or MODE == BESIDE:
@@ -762,33 +1291,69 @@ class Supervisor:
         interpreter.close()
         self.waiting = self.forker.next()  # at once: descriptors under way count against a user of the host
 
+    def run_in_kernel(self, nonce, options, task):
+        if self.kernel and self.kernel.status() is not None:
+            self.lose_kernel()
+        self.kernel = self.kernel or Kernel(self.limits)
+        begun = time.monotonic()
+        payload = join(task)
+        run = KernelRun(self, nonce, options, self.kernel, LENGTH.pack(len(payload)) + payload)
+        run.wait()
+        run.drain()
+        if run.forker_died:
+            self.lose_kernel()
+        send(nonce, DONE, *self.answer(run, time.monotonic() - begun, self.kernel_lost))
+        self.kernel_lost = False
+        if self.kernel:
+            self.kernel.rest()
+        self.waiting = self.waiting or self.forker.next()
+
+    def lose_kernel(self):
+        """Its variables are gone; which the next answer of one says."""
+        self.kernel.close()
+        self.kernel, self.kernel_lost = None, True
+        kill_until_nothing_is_left()
+        self.fork_anew()
+
+    def kernel_identity(self):
+        return self.kernel.identity if self.kernel else None
+
     def begin(self, task):
         """An interpreter that has the task. One that died waiting has not begun it, so another one may."""
-        for _ in range(ATTEMPTS):
+        for attempt in range(ATTEMPTS):
             interpreter, self.waiting = self.waiting or self.forker.next(), None
+            if self.kernel:
+                self.forker.spare(self.kernel)
             if interpreter and interpreter.give(task):
                 return interpreter
             if interpreter:
                 interpreter.close()
-            self.fork_anew()
+            if attempt and self.kernel:
+                self.lose_kernel()  # its processes may be all that there may be
+            else:
+                self.fork_anew()
         os._exit(1)
 
-    def answer(self, run, spent):
-        outcome = first_frame(run.result.bytes())
+    def answer(self, run, spent, kernel_lost=False):
+        kind, payload, extras = first_frame(run.result.bytes()) or (0, b"", b"")
         lines, cut = self.listing()
         killed = os.WIFSIGNALED(run.status) and os.WTERMSIG(run.status) == _signal.SIGKILL
         report = REPORT.pack(
             os.WEXITSTATUS(run.status) if os.WIFEXITED(run.status) else NOTHING,
             os.WTERMSIG(run.status) if os.WIFSIGNALED(run.status) else NOTHING,
-            outcome[0] if outcome else 0,
+            kind,
             run.why,
-            run.out.cut | run.err.cut << 1 | cut << 2 | run.result.cut << 3,
+            run.out.cut * CUT_STDOUT
+            | run.err.cut * CUT_STDERR
+            | cut * CUT_LISTING
+            | run.result.cut * CUT_RESULT
+            | kernel_lost * KERNEL_LOST,
             self.memory.verdict() if killed else UNKNOWN,
             int(spent * 1e6),
             run.cpu_us,
             run.page_faults,
         )
-        return report, outcome[1] if outcome else b"", run.out.bytes(), run.err.bytes(), lines
+        return report, payload, run.out.bytes(), run.err.bytes(), lines, extras
 
     def listing(self):
         """The listing as JSON, and whether it was cut.
@@ -811,6 +1376,10 @@ class Supervisor:
             frame = self.input.take()
             if frame:
                 return frame
+            if self.kernel and not self.kernel.watch():
+                self.lose_kernel()
+                self.waiting = self.forker.next()
+                continue
             self.input.fill()
 
     def serve_forever(self):
@@ -1003,6 +1572,7 @@ def warm_up():
     """One run of nothing, so that its page faults happen before somebody waits."""
     exec(compile("result = x + 1\nfor _ in range(3): f'{_}'", CODE_NAME, "exec"), {"x": 1})
     encode_result(loads('{"a": [1, 2.5, "x"]}'), 1 << 20)
+    Extras(0).encoded()
     sys.stdout.reconfigure(line_buffering=True)  # what was printed before a kill must not be lost
 
 
@@ -1038,8 +1608,10 @@ def is_parked():
     end = time.monotonic() + PARK_WAIT_S
     while True:
         with open("/proc/1/comm", "rb", 0) as file:
-            if file.read().rstrip(b"\n") == PARKED:
-                return True
+            name = file.read().rstrip(b"\n")
+        if name in (PARKED, PARKED_KERNEL):
+            Supervisor.kernel_lost = name == PARKED_KERNEL
+            return True
         if time.monotonic() > end:
             return False
         time.sleep(0.005)

@@ -33,6 +33,7 @@ async fn what_is_wider_than_it_was_asked_for_is_found_from_inside() {
         result: 64 * 1024,
         error: 64 * 1024,
         listing_lines: 10,
+        artifacts: 0,
         grace_ms: 1000,
         rlimits: BTreeMap::new(),
     };

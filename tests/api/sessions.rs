@@ -174,7 +174,7 @@ impl House {
 
 /// The one place that knows what a run is made of.
 async fn run(sessions: &Sessions, user_id: &str, code: &str) -> Result<Done, Error> {
-    let run = Run { code, data: "", stdin: "", timeout: 30 * SECOND };
+    let run = Run::new(code, 30 * SECOND);
     sessions.run(Owner { tenant: "", user_id }, &run).await
 }
 
@@ -205,6 +205,7 @@ pub(crate) fn caps() -> Caps {
         result: 1024,
         error: 1024,
         listing_lines: 10,
+        artifacts: 0,
         grace_ms: 1000,
         rlimits: Default::default(),
     }

@@ -226,7 +226,7 @@ impl World {
         let begun = (lock(&books).moment(), Instant::now());
         house.runs.push(tokio::spawn(async move {
             let timeout = 3 * SECOND;
-            let run = Run { code: &code, data: "", stdin: "", timeout };
+            let run = Run::new(&code, timeout);
             let user_id = user.to_string();
             if matches!(code.as_str(), "die" | "garbage" | "hang") {
                 lock(&books).strike(user);
@@ -313,7 +313,7 @@ impl World {
 }
 
 async fn run(sessions: &Sessions, user_id: &str, code: &str) -> Result<Done, Error> {
-    let run = Run { code, data: "", stdin: "", timeout: SECOND };
+    let run = Run::new(code, SECOND);
     sessions.run(Owner { tenant: "", user_id }, &run).await
 }
 
