@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 
 use super::engine::start_runtime;
 use super::serve::prove;
@@ -14,8 +15,8 @@ use super::{Failure, caps, pool_settings, session_settings, stand_apart};
 use crate::config::Config;
 use crate::metrics::Metrics;
 use crate::pool::Pool;
-use crate::session::{Owner, Sessions};
-use crate::supervisor::Run;
+use crate::session::{self, Done, Owner, Sessions};
+use crate::supervisor::{Field, Run, Told};
 
 /// What a shell gives a program that SIGINT ended.
 const INTERRUPTED: u8 = 130;
@@ -32,8 +33,8 @@ pub(super) struct Arguments {
     timeout: Option<Duration>,
 }
 
-/// Prints stdout and stderr where they belong, then the result as JSON where there is one. Exit status 1
-/// where the program failed.
+/// Prints stdout and stderr where they belong and as they come, then the result as JSON where there is one. Exit status
+/// 1 where the program failed. Ctrl-C interrupts the program, which may clean up; a second one ends at once.
 pub(super) async fn run(mut config: Config, arguments: Arguments) -> Result<ExitCode, Failure> {
     let Arguments { file, data, timeout } = arguments;
     let code = read(&file)?;
@@ -48,18 +49,16 @@ pub(super) async fn run(mut config: Config, arguments: Arguments) -> Result<Exit
     let settings = crate::pool::Settings { size: 0, ..pool_settings(&config, caps(&config, &unenforced)) };
     let pool = Pool::new(runtime, settings, metrics.clone());
     let sessions = Sessions::new(pool, session_settings(&config), metrics);
-    let mut terminate = signal(SignalKind::terminate())?;
-    let run = Run { data: &data, ..Run::new(&code, timeout.unwrap_or(config.limits.timeout)) };
-    let done = tokio::select! {
-        done = sessions.run(Owner { tenant: "", user_id: "run" }, &run) => Some(done),
-        _ = tokio::signal::ctrl_c() => None, // the run was dropped, and so is being interrupted
-        _ = terminate.recv() => None,
-    };
+    let (teller, told) = unbounded_channel();
+    let printing = tokio::spawn(print(told));
+    let timeout = timeout.unwrap_or(config.limits.timeout);
+    let run = Run { data: &data, teller: Some(&teller), ..Run::new(&code, timeout) };
+    let (done, interrupted) = run_or_interrupt(&sessions, &run).await?;
+    drop(teller);
+    printing.await??;
     sessions.drain(tokio::time::Instant::now() + config.limits.grace).await;
     let Some(done) = done else { return Ok(ExitCode::from(INTERRUPTED)) };
     let done = done?;
-    std::io::stdout().write_all(done.stdout.as_bytes())?;
-    std::io::stderr().write_all(done.stderr.as_bytes())?;
     for field in &done.truncated {
         eprintln!("codesandbox: {} was cut at its cap", field.as_str());
     }
@@ -71,9 +70,47 @@ pub(super) async fn run(mut config: Config, arguments: Arguments) -> Result<Exit
         }
         Err(detail) => {
             eprintln!("{}", detail.message());
-            Ok(ExitCode::from(1))
+            Ok(ExitCode::from(if interrupted { INTERRUPTED } else { 1 }))
         }
     }
+}
+
+/// None where it was not awaited: dropped, it is being interrupted all the same.
+async fn run_or_interrupt(
+    sessions: &Sessions,
+    run: &Run<'_>,
+) -> std::io::Result<(Option<Result<Done, session::Error>>, bool)> {
+    let owner = Owner { tenant: "", user_id: "run" };
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    let mut running = std::pin::pin!(sessions.run(owner, run));
+    let mut interrupted = false;
+    loop {
+        tokio::select! {
+            done = &mut running => return Ok((Some(done), interrupted)),
+            _ = interrupt.recv() => {
+                if interrupted || sessions.interrupt(owner).is_err() {
+                    return Ok((None, true));
+                }
+                interrupted = true;
+            }
+            _ = terminate.recv() => return Ok((None, true)),
+        }
+    }
+}
+
+async fn print(mut told: UnboundedReceiver<Told>) -> std::io::Result<()> {
+    while let Some(told) = told.recv().await {
+        let Told::Printed { stream, bytes } = told else { continue };
+        if stream == Field::Stderr {
+            std::io::stderr().write_all(&bytes)?;
+        } else {
+            let mut stdout = std::io::stdout();
+            stdout.write_all(&bytes)?;
+            stdout.flush()?; // half a line, too: somebody may be about to type
+        }
+    }
+    Ok(())
 }
 
 fn read(file: &PathBuf) -> Result<String, Failure> {

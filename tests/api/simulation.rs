@@ -69,6 +69,9 @@ struct World {
     steps: u64,
 }
 
+/// Programs that their sandbox does not outlive.
+const DEADLY: [&str; 3] = ["die", "garbage", "hang"];
+
 /// How a life of the server ended.
 #[derive(Debug, PartialEq)]
 enum End {
@@ -228,7 +231,7 @@ impl World {
             let timeout = 3 * SECOND;
             let run = Run::new(&code, timeout);
             let user_id = user.to_string();
-            if matches!(code.as_str(), "die" | "garbage" | "hang") {
+            if DEADLY.contains(&code.as_str()) {
                 lock(&books).strike(user);
             }
             log(|| format!("user {user}: {code}"));
@@ -370,6 +373,7 @@ impl Books {
     fn begin(&mut self, slow: bool) {
         let now = self.moment();
         self.life = Some(Instant::now());
+        self.late.clear();
         for user in self.users.values_mut() {
             (user.last, user.first) = (None, None);
             if user.struck.take().is_some() || slow {
@@ -396,7 +400,7 @@ impl Books {
     /// `begun` is the moment of the request.
     fn answer(&mut self, user: u64, begun: (u64, Instant), code: &str, done: Result<Done, Error>) {
         let Ok(done) = done else { return };
-        let (now, life) = (Instant::now(), self.life.unwrap());
+        let (now, life, moment) = (Instant::now(), self.life.unwrap(), self.moment());
         let mut wrong = Vec::new();
         let before = format!("{:?}", self.users.get(&user));
         let book = self.users.entry(user).or_default();
@@ -404,7 +408,8 @@ impl Books {
         let disturbed = book.disturbed > begun.0;
         book.last = Some(now);
         if done.lost {
-            if book.struck.is_none() && book.ended.is_none() && !disturbed {
+            // One that was claimed late may be dead when it is taken up, and nobody had heard whose it was.
+            if book.struck.is_none() && book.ended.is_none() && !disturbed && self.late.is_empty() {
                 wrong.push("lost without a reason".to_owned());
             }
             book.forget();
@@ -440,11 +445,15 @@ impl Books {
         } else if expired || book.ended.is_some() {
             book.forget(); // it does not show which sandbox it ran in
         }
+        let deadly = !done.lost && DEADLY.contains(&code);
         // What came before the request is over with its answer.
         for past in [&mut book.ended, &mut book.struck] {
             if past.is_some_and(|moment| moment < begun.0) && (done.lost || done.outcome.is_ok()) {
                 *past = None;
             }
+        }
+        if deadly {
+            book.struck = Some(moment); // which others, begun later, may have come before
         }
         let told = format!("{:?}, lost {}, before it {before}", done.outcome, done.lost);
         self.violations

@@ -15,10 +15,12 @@ mod engine;
 mod fates;
 mod hostile;
 mod isolation;
+mod kernel;
 mod proxy;
 mod pythons;
 mod recovery;
 mod runtime;
+mod stream;
 // Each of the two test programs uses a part of it.
 #[allow(dead_code)]
 #[path = "../api/support.rs"]
@@ -55,7 +57,7 @@ fn main() -> ExitCode {
 /// are held to the contract, the driver's own, the fates, the recovery and the trouble. What a program meets inside is the kernel,
 /// the image and the settings that the driver asks for, which are the same: that is tried on one of each kind.
 fn behaviours_of(name: &str) -> Vec<Behaviour> {
-    let mut all = contract::behaviours();
+    let mut all = [contract::behaviours(), kernel::behaviours(), stream::behaviours()].concat();
     if !drivers::is_a_variant(name) {
         all.extend([isolation::behaviours(), hostile::behaviours()].concat());
     }
