@@ -197,7 +197,16 @@ fn a_kernel_that_is_killed_between_runs_is_told_lost_once(driver: &Driver) {
 }
 
 fn a_kernel_out_of_memory_is_told_so(driver: &Driver) {
-    let (server, u) = driver.server(&["--set", "limits.memory=128MiB"]);
+    let (server, u) = driver.server(&[
+        "--set",
+        "limits.memory=128MiB",
+        "--set",
+        "limits.workspace=16MiB",
+        "--set",
+        "limits.tmp=16MiB",
+        "--set",
+        "limits.shm=16MiB",
+    ]);
     let answer = kernel(
         &server,
         &u,
