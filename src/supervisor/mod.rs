@@ -262,7 +262,7 @@ impl Supervisor {
         caps: &Caps,
         deadline: Instant,
     ) -> Result<(Supervisor, Hello), Error> {
-        let extras = 6 * caps.artifacts + 4096; // as JSON, with their names
+        let extras = caps.artifacts + 4096; // with their names
         let parts = caps.stdout + caps.stderr + caps.result.max(16 * caps.error) + extras;
         let mut supervisor = Supervisor {
             stream,

@@ -46,6 +46,7 @@ OOM_SCORE_ADJ = "900"  # of all but the supervisor, whose own comes from the eng
 NICE = 10  # of all but the supervisor: a guest's fork bomb must not starve what is to stop it
 WARM_AFTER_S = 0.002  # a sandbox that is busy has its next task sooner, and saves the warming
 MOST_ENDED = 256  # children collected in one go
+ARTIFACT_BYTES = 100  # of each, beside its content
 LOOK_AGAIN_S = 0.25  # whether a kernel is dead whose end of the pipe a fork of it holds open
 ATTEMPTS = 3  # to begin a run, before the sandbox is given up
 REAP_S = 5.0  # a process that outlives SIGKILL by this much condemns the sandbox
@@ -450,7 +451,7 @@ class Extras:
                 image = io.BytesIO()
                 pyplot.figure(number).savefig(image, format="png")
                 encoded = base64(image.getvalue())
-                if self.fits(len(encoded)):
+                if self.fits(len(encoded) + ARTIFACT_BYTES):
                     name = "figure-%d.png" % number
                     self.artifacts.append({"name": name, "media_type": "image/png", "base64": encoded})
         except Exception:
@@ -481,7 +482,7 @@ class Extras:
                 pass
         for media_type, text in shown.items():
             text = text.encode("utf-8", "replace").decode()  # a lone surrogate is no JSON
-            if self.fits(len(text.encode())):
+            if self.fits(len(dumps(text).encode()) - 2):  # as it is sent, without its quotes
                 self.display[media_type] = text
 
     def encoded(self):
@@ -1098,7 +1099,7 @@ CORES = os.cpu_count() or 1
 
 
 def extras_cap(limits):
-    return limits["artifacts"] and 6 * limits["artifacts"] + 4096  # as JSON, with its names
+    return limits["artifacts"] and limits["artifacts"] + 4096  # with their names
 
 
 def cpu_time(pid):

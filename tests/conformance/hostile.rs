@@ -73,7 +73,7 @@ def result_pipe():
             pass
 
 def forge(kind, payload, length=None):
-    head = kind.to_bytes(1, "big") + (len(payload) if length is None else length).to_bytes(4, "big")
+    head = kind.to_bytes(1, "big") + (len(payload) if length is None else length).to_bytes(4, "big") + bytes(4)
     try:
         os.write(result_pipe(), head + payload)
     finally:
@@ -260,7 +260,7 @@ fn floods() -> Vec<Program> {
         endless("both_floods", "while True: os.write(1, b'x' * 65536); os.write(2, b'y' * 65536)")
             .cuts(&["stdout", "stderr"]),
         endless("result_pipe_flood", "fd = result_pipe()\nwhile True: os.write(fd, bytes(65536))"),
-        program("result_pipe_filled_and_left", Kind("result_too_large"), "fd = result_pipe()\nfor n in range(100): os.write(fd, bytes(65536))\nos._exit(0)"),
+        program("result_pipe_filled_and_left", Kind("result_too_large"), "fd = result_pipe()\nfor n in range(200): os.write(fd, bytes(65536))\nos._exit(0)"),
         program("flood_by_children", OneOf(&["ok"]), "for n in range(8):\n if os.fork() == 0:\n  while True: os.write(1, b'x' * 65536)\ntime.sleep(0.2)\nresult = 1")
             .at_once(),
         program("zero_bytes_and_no_utf_8", Gives("1"), r"os.write(1, b'a\0\xff\xfe\xed\xa0\x80z\n')
@@ -283,7 +283,7 @@ fn forgeries() -> Vec<Program> {
         program(
             "two_frames_of_which_the_first_counts",
             Gives("1"),
-            "os.write(result_pipe(), bytes([RESULT, 0, 0, 0, 1]) + b'1'); result = 2",
+            "os.write(result_pipe(), bytes([RESULT, 0, 0, 0, 1, 0, 0, 0, 0]) + b'1'); result = 2",
         ),
         program("half_a_frame", Kind("exited"), "forge(RESULT, b'[1', 3)"),
         program("half_a_header", Kind("exited"), "os.write(result_pipe(), bytes([RESULT, 0])); os._exit(0)"),

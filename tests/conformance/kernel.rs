@@ -15,6 +15,8 @@ behaviours! {
     an_earlier_result_can_be_read_and_is_not_the_answer,
     what_json_has_not_is_shown_and_no_failure,
     a_value_is_displayed_as_it_shows_itself,
+    figures_that_are_open_come_back_as_artifacts,
+    artifacts_are_capped_together_and_off_by_configuration,
     an_error_shows_the_lines_of_the_run_that_defined_them,
     an_error_keeps_the_kernel,
     a_timeout_that_is_obeyed_keeps_the_kernel,
@@ -122,6 +124,63 @@ fn a_value_is_displayed_as_it_shows_itself(driver: &Driver) {
     assert!(server.run(&u, &format!("{class}V(1)")).get("display").is_none(), "fresh runs have none");
     let (server, u) = driver.server(&["--set", "limits.artifacts=0"]);
     assert!(kernel(&server, &u, &format!("{class}V(1)")).get("display").is_none(), "off by configuration");
+}
+
+/// As much of matplotlib as its figures need, where the image has none of its own.
+const PYPLOT: &str = "
+import os
+os.makedirs('matplotlib', exist_ok=True)
+open('matplotlib/__init__.py', 'w')
+open('matplotlib/pyplot.py', 'w').write('''
+figures = {}
+class Figure:
+    def __init__(self, size): self.size = size
+    def savefig(self, file, format): file.write(b'\\x89PNG' + bytes(self.size - 4))
+def figure(number=None, size=30):
+    return figures.setdefault(number or len(figures) + 1, Figure(size))
+def get_fignums(): return sorted(figures)
+def close(which): figures.clear()
+import atexit
+atexit.register(close, 'all')
+''')";
+
+fn figures_that_are_open_come_back_as_artifacts(driver: &Driver) {
+    let (server, u) = driver.server(&[]);
+    server.run(&u, PYPLOT);
+    let code = "import matplotlib.pyplot as plt\nplt.figure(); plt.figure()\nresult = 1";
+    for mode in ["fresh", "kernel"] {
+        let answer = server.run_with(&u, code, json!({"mode": mode}));
+        let artifacts = answer["artifacts"].as_array().unwrap_or_else(|| panic!("{mode}: {answer}"));
+        assert_eq!(artifacts.len(), 2, "{mode}: {answer}");
+        assert_eq!(
+            (&artifacts[1]["name"], &artifacts[1]["media_type"]),
+            (&json!("figure-2.png"), &json!("image/png"))
+        );
+        assert!(artifacts[0]["base64"].as_str().unwrap().starts_with("iVBOR"), "{mode}: {answer}");
+        assert_eq!(answer["result"], 1, "{mode}: {answer}");
+    }
+    assert!(kernel(&server, &u, "1").get("artifacts").is_none(), "each is shown once");
+}
+
+fn artifacts_are_capped_together_and_off_by_configuration(driver: &Driver) {
+    // Each is 40 bytes of base64, and 100 for its name.
+    let (server, u) = driver.server(&["--set", "limits.artifacts=280"]);
+    server.run(&u, PYPLOT);
+    let figures =
+        |count: u32| format!("import matplotlib.pyplot as plt\nfor _ in range({count}): plt.figure()\n");
+    let at_cap = server.run(&u, &figures(2));
+    assert_eq!(
+        (at_cap["artifacts"].as_array().unwrap().len(), at_cap.get("truncated")),
+        (2, None),
+        "{at_cap}"
+    );
+    let over = server.run(&u, &figures(3));
+    assert_eq!(over["artifacts"].as_array().unwrap().len(), 2, "{over}");
+    assert_eq!(over["truncated"], json!(["artifacts"]), "{over}");
+    let (server, u) = driver.server(&["--set", "limits.artifacts=0"]);
+    server.run(&u, PYPLOT);
+    let off = server.run(&u, &figures(1));
+    assert!(off.get("artifacts").is_none() && off.get("error").is_none(), "{off}");
 }
 
 fn an_error_shows_the_lines_of_the_run_that_defined_them(driver: &Driver) {
