@@ -1293,6 +1293,7 @@ class Supervisor:
         self.waiting = self.forker.next()  # at once: descriptors under way count against a user of the host
 
     def run_in_kernel(self, nonce, options, task):
+        collect()
         if self.kernel and self.kernel.status() is not None:
             self.lose_kernel()
         self.kernel = self.kernel or Kernel(self.limits)
