@@ -20,6 +20,7 @@ behaviours! {
     a_server_that_is_stopped_twice_costs_no_session_its_files,
     a_second_server_of_an_instance_is_refused,
     what_an_engine_made_for_nobody_is_removed,
+    a_kernel_outlives_a_server_or_is_told_lost,
 }
 
 fn engine(driver: &Driver) -> &Engine {
@@ -212,4 +213,28 @@ fn what_an_engine_made_for_nobody_is_removed(driver: &Driver) {
     eventually("only the session's own is left", || !engine(driver).containers_of(&instance).contains(&late));
     assert_eq!(server.metric("codesandbox_reconciled_total{difference=\"unknown\"}"), 1.0);
     assert_eq!(content(&server, "a"), "a");
+}
+
+fn a_kernel_outlives_a_server_or_is_told_lost(driver: &Driver) {
+    let instance = drivers::new_instance();
+    let mut server = start(driver, &instance);
+    let kernel = |server: &Server, code: &str| server.run_with("a", code, json!({"mode": "kernel"}));
+    kernel(&server, "x = 41; open('f', 'w').write('kept')");
+    for time in ["once", "twice"] {
+        kill(server);
+        server = start(driver, &instance);
+        let answer = kernel(&server, "[open('f').read(), globals().get('x')]");
+        let wanted = match answer.get("session") {
+            None => json!(["kept", 41]),
+            Some(lost) => {
+                assert_eq!(lost, "kernel_lost", "killed {time}: {answer}");
+                json!(["kept", null])
+            }
+        };
+        assert_eq!(answer["result"], wanted, "killed {time}: {answer}");
+        let again = kernel(&server, "x = 41; x");
+        assert_eq!((&again["result"], again.get("session")), (&json!(41), None), "killed {time}: {again}");
+    }
+    let fresh = server.run("a", "result = open('f').read()");
+    assert_eq!((&fresh["result"], fresh.get("session")), (&json!("kept"), None), "{fresh}");
 }
