@@ -115,6 +115,7 @@ pub struct Limits {
     pub listing: u64,
     /// Bytes of figures and displayed values in an answer; 0 for none.
     pub artifacts: ByteSize,
+    pub files: usize,
 }
 
 #[derive(Debug, Clone, Deserialize)]
@@ -441,6 +442,7 @@ impl Layers {
         )?;
         need((64..=10_000_000).contains(&limits.inodes), "limits.inodes", "must be from 64 to 10000000")?;
         need((1..=100_000).contains(&limits.listing), "limits.listing", "must be from 1 to 100000")?;
+        need((1..=1_000_000).contains(&limits.files), "limits.files", "must be from 1 to 1000000")?;
         need(limits.code <= limits.body, "limits.code", "must not be more than limits.body")?;
         let stated = self.place("pool.size") != "default"; // the default gives way
         need(pool.size <= session.max || !stated, "pool.size", "must not be more than session.max")?;

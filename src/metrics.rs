@@ -25,6 +25,10 @@ pub struct Metrics {
     pub run_page_faults: IntCounter,
     /// Runs whose field was cut or refused at its cap.
     pub capped: IntCounterVec,
+    /// Bytes of files by direction: `in`, `out`.
+    pub file_bytes: IntCounterVec,
+    /// Requests about files that are under way.
+    pub file_transfers: IntGauge,
     /// HTTP requests by status.
     pub requests: IntCounterVec,
     /// Requests refused by reason.
@@ -80,6 +84,8 @@ impl Metrics {
                 "Minor page faults of the runs' processes.",
             ))),
             capped: make.counters("capped_total", "Runs in which a field reached its cap.", "field"),
+            file_bytes: make.counters("file_bytes_total", "Bytes of files by direction: in or out.", "direction"),
+            file_transfers: make.gauge("file_transfers", "Requests about files that are under way."),
             requests: make.counters("http_requests_total", "HTTP requests by status.", "status"),
             refused: make.counters("refused_total", "Requests refused, by the code of the error.", "code"),
             connections: make.gauge("http_connections", "HTTP connections that are open."),

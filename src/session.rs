@@ -4,6 +4,8 @@
 //! up for it, first come first served. A seat is held across awaits only inside a `Turn`, whose drop
 //! brings the sandbox back to rest when the client went away in the middle.
 
+pub mod files;
+
 use std::collections::hash_map::Entry;
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -14,12 +16,13 @@ use hmac::{Hmac, KeyInit, Mac};
 use serde::Serialize;
 use serde_json::value::RawValue;
 use sha2::Sha256;
-use tokio::sync::{Notify, OwnedMutexGuard};
+use tokio::sync::{Notify, OwnedMutexGuard, watch};
 use tokio::time::Instant;
 
 use crate::metrics::Metrics;
 use crate::pool::{self, Claimed, Kept, Pool};
 use crate::runtime::{self, Claim, Fate, Found, KeySecret, SandboxId, SessionKey};
+use crate::supervisor::files::Exchanges;
 use crate::supervisor::{self, Artifact, ErrorDetail, ErrorKind, Field, Outcome, Report, Run};
 
 /// The reaper looks at least that often, whatever it expects.
@@ -169,6 +172,10 @@ struct Session {
     seat: Arc<tokio::sync::Mutex<Seat>>,
     /// The run that goes on and those that wait.
     queued: AtomicUsize,
+    /// Files that are on their way in or out.
+    transfers: watch::Sender<usize>,
+    /// Where the supervisor on the seat is asked about files; an earlier one's are closed.
+    exchanges: watch::Sender<Option<Exchanges>>,
     /// What can be told and done without the seat.
     glance: Mutex<Glance>,
 }
@@ -322,10 +329,11 @@ impl Sessions {
     pub fn describe(&self, owner: Owner<'_>) -> Option<Description> {
         let session = self.0.table().get(&self.key(owner)).cloned()?;
         let running = session.queued.load(Ordering::SeqCst) > 0;
+        let idle_since = session.idle_since();
         let glance = session.glance();
         let (_, created_at, _) = glance.sandbox.as_ref()?;
         let now = Instant::now();
-        let idle = if running { Duration::ZERO } else { now - glance.last_end };
+        let idle = if running { Duration::ZERO } else { now.saturating_duration_since(idle_since) };
         let (expiry, _) = self.0.expiry_of(glance.sandbox.as_ref(), now - idle);
         Some(Description {
             state: if running { "running" } else { "idle" },
@@ -359,7 +367,11 @@ impl Sessions {
         let mut left = 0;
         for session in sessions {
             self.0.ended("shutdown");
-            let seat = tokio::time::timeout_at(deadline, session.seat.clone().lock_owned()).await;
+            let seat = async {
+                let _ = session.transfers.subscribe().wait_for(|transfers| *transfers == 0).await;
+                session.seat.clone().lock_owned().await
+            };
+            let seat = tokio::time::timeout_at(deadline, seat).await;
             match (seat, self.0.settings.keep) {
                 (Ok(seat), false) => self.0.close(seat),
                 (Ok(seat), true) => self.0.leave(seat, deadline).await,
@@ -520,8 +532,8 @@ impl Inner {
     }
 
     fn expiry(&self, session: &Session) -> (Instant, &'static str) {
-        let glance = session.glance();
-        self.expiry_of(glance.sandbox.as_ref(), glance.last_end)
+        let idle_since = session.idle_since();
+        self.expiry_of(session.glance().sandbox.as_ref(), idle_since)
     }
 
     /// When a session that does nothing from `idle_since` on is to be closed, and why.
@@ -612,7 +624,27 @@ impl Session {
     fn new(key: SessionKey) -> Session {
         let glance =
             Glance { sandbox: None, last_end: Instant::now(), mean: None, interrupt: None, deleted: false };
-        Session { key, seat: Arc::default(), queued: AtomicUsize::new(0), glance: Mutex::new(glance) }
+        Session {
+            key,
+            seat: Arc::default(),
+            queued: AtomicUsize::new(0),
+            transfers: watch::Sender::new(0),
+            exchanges: watch::Sender::new(None),
+            glance: Mutex::new(glance),
+        }
+    }
+
+    /// Its supervisor can be asked about files from now on, beside a run as well.
+    fn attached(&self, supervisor: &supervisor::Supervisor) {
+        self.exchanges.send_replace(Some(supervisor.exchanges()));
+    }
+
+    /// Since when nothing happens: now, where something does.
+    fn idle_since(&self) -> Instant {
+        match *self.transfers.borrow() {
+            0 => self.glance().last_end,
+            _ => Instant::now(),
+        }
     }
 
     /// A run of it came to its end.
@@ -718,6 +750,7 @@ impl Turn {
             match attached {
                 Err(error) if !error.proves_a_loss() => return Err(error.into()),
                 Ok(supervisor) => {
+                    session.attached(&supervisor);
                     let kept = self.seat().kept.take().expect("nobody else has the seat");
                     self.seat().claimed = Some(kept.attached(supervisor));
                 }
@@ -776,6 +809,7 @@ impl Turn {
             return Ok(());
         }
         session.glance().sandbox = Some((claimed.held.id.clone(), SystemTime::now(), claimed.since));
+        session.attached(&claimed.held.supervisor);
         let seat = self.seat();
         seat.claimed = Some(claimed);
         seat.out_of_memory_kills = 0;

@@ -160,6 +160,7 @@ fn server_settings(config: &Config, findings: &Findings) -> Settings {
         cpu_max: config.limits.timeout_max.mul_f64(config.limits.cpus.max(1.0)),
         memory_bytes: config.limits.memory.0,
         output_bytes: config.limits.stdout.0.max(config.limits.stderr.0),
+        files: config.limits.files,
         capabilities: capabilities(config, findings).to_string().into(),
     }
 }

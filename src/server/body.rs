@@ -255,6 +255,7 @@ mod tests {
             cpu_max: second * 5,
             memory_bytes: 2 << 20,
             output_bytes: 100,
+            files: 10,
             capabilities: bytes::Bytes::new(),
         }
     }

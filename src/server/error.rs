@@ -5,6 +5,7 @@ use std::time::Duration;
 use hyper::StatusCode;
 
 use crate::session;
+use crate::session::files::{self, Refusal};
 
 /// A request that was not served. The guest's own failures are no such errors: they are answers.
 #[derive(Debug, thiserror::Error)]
@@ -25,14 +26,39 @@ pub(super) enum Error {
     RequestTimeout(Duration),
     #[error("{what} must not be longer than {limit} bytes")]
     TooLarge { what: &'static str, limit: usize },
-    #[error("the content type must be application/json")]
-    UnsupportedMediaType,
+    #[error("the body stopped coming")]
+    Stalled,
+    #[error("the content type must be {0}")]
+    UnsupportedMediaType(&'static str),
+    #[error("the file has {size} bytes")]
+    RangeNotSatisfiable { size: u64 },
+    #[error(transparent)]
+    Refused(Refusal),
+    #[error("the sandbox was lost meanwhile")]
+    Lost,
     #[error(transparent)]
     Session(#[from] session::Error),
     #[error("{0}")]
     NotReady(&'static str),
     #[error("too many large bodies at once")]
     Overloaded,
+}
+
+impl From<files::Error> for Error {
+    fn from(error: files::Error) -> Error {
+        match error {
+            files::Error::NoSession => Error::NoSession,
+            files::Error::Session(error) => Error::Session(error),
+            files::Error::Refused(refusal) => Error::Refused(refusal),
+            files::Error::Lost => Error::Lost,
+        }
+    }
+}
+
+impl From<Refusal> for Error {
+    fn from(refusal: Refusal) -> Error {
+        Error::Refused(refusal)
+    }
 }
 
 impl Error {
@@ -58,9 +84,9 @@ impl Error {
             Error::Forbidden => (StatusCode::FORBIDDEN, "forbidden"),
             Error::NotFound | Error::NoSession => (StatusCode::NOT_FOUND, "not_found"),
             Error::MethodNotAllowed(_) => (StatusCode::METHOD_NOT_ALLOWED, "method_not_allowed"),
-            Error::RequestTimeout(_) => (StatusCode::REQUEST_TIMEOUT, "request_timeout"),
+            Error::RequestTimeout(_) | Error::Stalled => (StatusCode::REQUEST_TIMEOUT, "request_timeout"),
             Error::TooLarge { .. } => (StatusCode::PAYLOAD_TOO_LARGE, "too_large"),
-            Error::UnsupportedMediaType => (StatusCode::UNSUPPORTED_MEDIA_TYPE, "unsupported_media_type"),
+            Error::UnsupportedMediaType(_) => (StatusCode::UNSUPPORTED_MEDIA_TYPE, "unsupported_media_type"),
             Error::Session(session::Error::NotRunning) => (StatusCode::CONFLICT, "not_running"),
             Error::Session(session::Error::Busy { .. }) => (StatusCode::TOO_MANY_REQUESTS, "session_busy"),
             Error::Session(session::Error::TooMany { .. }) => {
@@ -72,7 +98,30 @@ impl Error {
                 (StatusCode::SERVICE_UNAVAILABLE, "engine_unavailable")
             }
             Error::Overloaded => (StatusCode::SERVICE_UNAVAILABLE, "overloaded"),
+            Error::RangeNotSatisfiable { .. } => (StatusCode::RANGE_NOT_SATISFIABLE, "range_not_satisfiable"),
+            Error::Refused(refusal) => match refusal {
+                Refusal::NotFound => (StatusCode::NOT_FOUND, "not_found"),
+                Refusal::Outside | Refusal::NotAFile | Refusal::NameTooLong => {
+                    (StatusCode::BAD_REQUEST, "invalid_request")
+                }
+                Refusal::Denied => (StatusCode::FORBIDDEN, "forbidden"),
+                Refusal::IsDirectory | Refusal::NotADirectory | Refusal::Exists | Refusal::Failed => {
+                    (StatusCode::CONFLICT, "conflict")
+                }
+                Refusal::NoSpace { .. } => (StatusCode::INSUFFICIENT_STORAGE, "insufficient_storage"),
+                Refusal::Busy => (StatusCode::TOO_MANY_REQUESTS, "session_busy"),
+                Refusal::Closed => (StatusCode::SERVICE_UNAVAILABLE, "session_lost"),
+            },
+            Error::Lost => (StatusCode::SERVICE_UNAVAILABLE, "session_lost"),
             Error::NotReady(_) => (StatusCode::SERVICE_UNAVAILABLE, "not_ready"),
+        }
+    }
+
+    /// What is left, where that was too little.
+    pub(super) fn available_bytes(&self) -> Option<u64> {
+        match self {
+            Error::Refused(Refusal::NoSpace { available_bytes }) => Some(*available_bytes),
+            _ => None,
         }
     }
 
@@ -88,7 +137,10 @@ impl Error {
                 error.retry_after().unwrap_or(Duration::from_secs(1))
             }
             Error::Session(session::Error::NotRunning) => return None,
-            Error::Session(_) | Error::Overloaded => Duration::from_secs(1),
+            Error::Session(_)
+            | Error::Overloaded
+            | Error::Lost
+            | Error::Refused(Refusal::Busy | Refusal::Closed) => Duration::from_secs(1),
             _ => return None,
         };
         Some(time.as_secs().saturating_add(1).min(3600))

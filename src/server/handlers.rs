@@ -4,7 +4,6 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use bytes::Bytes;
-use http_body_util::{Either, Full};
 use hyper::body::Incoming;
 use hyper::header::{CONTENT_TYPE, HeaderValue};
 use hyper::{HeaderMap, Request, Response, StatusCode};
@@ -17,6 +16,7 @@ use super::State;
 use super::body::{RunRequest, check_user_id};
 use super::error::Error;
 use super::route::{Answer, json, json_bytes};
+use super::stream_body::Body;
 use crate::session::{Done, Owner, Timing};
 use crate::supervisor::{Artifact, ErrorDetail, Field, Run, Told};
 
@@ -109,7 +109,7 @@ pub(super) fn interrupt(state: &State, tenant: &str, user_id: &str) -> Result<An
 }
 
 fn no_content() -> Answer {
-    let mut response = Response::new(Either::Left(Full::default()));
+    let mut response = Response::new(Body::default());
     *response.status_mut() = StatusCode::NO_CONTENT;
     response
 }
@@ -134,7 +134,7 @@ pub(super) fn ready(state: &State) -> Result<Answer, Error> {
 }
 
 pub(super) fn metrics(state: &State) -> Answer {
-    let mut response = json_bytes(Bytes::from(state.metrics.render()));
+    let mut response = Response::new(Body::from(Bytes::from(state.metrics.render())));
     let text = HeaderValue::from_static("text/plain; version=0.0.4; charset=utf-8");
     response.headers_mut().insert(CONTENT_TYPE, text);
     response
@@ -148,11 +148,11 @@ fn check_content_type(headers: &HeaderMap) -> Result<(), Error> {
     match essence == "application/json" || (essence.starts_with("application/") && essence.ends_with("+json"))
     {
         true => Ok(()),
-        false => Err(Error::UnsupportedMediaType),
+        false => Err(Error::UnsupportedMediaType("application/json")),
     }
 }
 
-fn decode(user_id: &str) -> Result<String, Error> {
+pub(super) fn decode(user_id: &str) -> Result<String, Error> {
     let decoded = percent_decode_str(user_id).decode_utf8();
     let user_id = decoded.map_err(|_| Error::invalid("user_id", "must be percent-encoded UTF-8"))?;
     check_user_id(&user_id)?;

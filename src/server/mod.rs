@@ -4,9 +4,14 @@ pub mod auth;
 mod body;
 mod body_room;
 mod error;
+mod file_headers;
+mod files;
 mod handlers;
 mod route;
 mod stream;
+mod stream_body;
+mod tar;
+mod walk;
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -49,7 +54,7 @@ pub struct Settings {
     pub connections: usize,
     /// To the end of a request's headers.
     pub header_timeout: Duration,
-    /// From there to the end of its body.
+    /// From there to the end of its body; of a file, from one bit to the next.
     pub body_timeout: Duration,
     /// How long an answer may stay unread.
     pub write_timeout: Duration,
@@ -69,6 +74,8 @@ pub struct Settings {
     pub memory_bytes: u64,
     /// The most output that a run may ask for.
     pub output_bytes: u64,
+    /// Entries of a listing of files, and of a tar either way.
+    pub files: usize,
     /// The answer to `GET /capabilities`.
     pub capabilities: Bytes,
 }

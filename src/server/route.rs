@@ -3,19 +3,16 @@
 use std::sync::Arc;
 
 use bytes::Bytes;
-use http_body_util::combinators::UnsyncBoxBody;
-use http_body_util::{Either, Full};
 use hyper::body::Incoming;
-use hyper::header::{ALLOW, CONTENT_TYPE, HeaderName, HeaderValue, ORIGIN, RETRY_AFTER};
+use hyper::header::{ALLOW, CONTENT_RANGE, CONTENT_TYPE, HeaderName, HeaderValue, ORIGIN, RETRY_AFTER};
 use hyper::{HeaderMap, Method, Request, Response, StatusCode};
 use serde::Serialize;
 use tracing::Instrument;
 
 use super::error::Error;
-use super::{State, handlers, stream};
+use super::stream_body::Body;
+use super::{State, files, handlers, stream};
 
-/// At once, or as it comes.
-pub(super) type Body = Either<Full<Bytes>, UnsyncBoxBody<Bytes, std::io::Error>>;
 pub(super) type Answer = Response<Body>;
 
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
@@ -50,37 +47,40 @@ async fn respond(state: &Arc<State>, request: Request<Incoming>) -> Answer {
 
 async fn route(state: &Arc<State>, request: Request<Incoming>) -> Result<Answer, Error> {
     let path = request.uri().path().to_owned();
-    let mut parts = path.split('/').skip(1);
-    let parts = (parts.next().unwrap_or_default(), parts.next(), parts.next(), parts.next());
+    let mut parts = path.splitn(4, '/').skip(1);
+    let parts = (parts.next().unwrap_or_default(), parts.next(), parts.next());
     let method = if request.method() == Method::HEAD { &Method::GET } else { request.method() };
     match (parts, method) {
-        (("healthz", None, None, None), &Method::GET) => Ok(json(&serde_json::json!({"status": "ok"}))),
-        (("readyz", None, None, None), &Method::GET) => handlers::ready(state),
-        (("metrics", None, None, None), &Method::GET) => Ok(handlers::metrics(state)),
-        (("capabilities", None, None, None), &Method::GET) => {
+        (("healthz", None, None), &Method::GET) => Ok(json(&serde_json::json!({"status": "ok"}))),
+        (("readyz", None, None), &Method::GET) => handlers::ready(state),
+        (("metrics", None, None), &Method::GET) => Ok(handlers::metrics(state)),
+        (("capabilities", None, None), &Method::GET) => {
             tenant(state, request.headers())?;
             Ok(json_bytes(state.settings.capabilities.clone()))
         }
-        (("run", None, None, None), &Method::POST) => {
+        (("run", None, None), &Method::POST) => {
             let tenant = tenant(state, request.headers())?;
             match stream::is_wanted(request.headers()) {
                 true => stream::run(state.clone(), tenant, request).await,
                 false => handlers::run(state, &tenant, request).await,
             }
         }
-        (("sessions", Some(user_id), None, None), &Method::GET) => {
+        (("sessions", Some(user_id), None), &Method::GET) => {
             handlers::describe_session(state, &tenant(state, request.headers())?, user_id)
         }
-        (("sessions", Some(user_id), None, None), &Method::DELETE) => {
+        (("sessions", Some(user_id), None), &Method::DELETE) => {
             handlers::delete_session(state, &tenant(state, request.headers())?, user_id).await
         }
-        (("sessions", Some(user_id), Some("interrupt"), None), &Method::POST) => {
+        (("sessions", Some(user_id), Some("interrupt")), &Method::POST) => {
             handlers::interrupt(state, &tenant(state, request.headers())?, user_id)
         }
-        (("sessions", Some(_), Some("interrupt"), None), _) => Err(Error::MethodNotAllowed("POST")),
-        (("run", None, None, None), _) => Err(Error::MethodNotAllowed("POST")),
-        (("sessions", Some(_), None, None), _) => Err(Error::MethodNotAllowed("GET, HEAD, DELETE")),
-        (("healthz" | "readyz" | "metrics" | "capabilities", None, None, None), _) => {
+        (("sessions", Some(_), Some("interrupt")), _) => Err(Error::MethodNotAllowed("POST")),
+        (("sessions", Some(user_id), Some(rest)), _) if rest == "files" || rest.starts_with("files/") => {
+            files::serve(state, &tenant(state, request.headers())?, user_id, rest, request).await
+        }
+        (("run", None, None), _) => Err(Error::MethodNotAllowed("POST")),
+        (("sessions", Some(_), None), _) => Err(Error::MethodNotAllowed("GET, HEAD, DELETE")),
+        (("healthz" | "readyz" | "metrics" | "capabilities", None, None), _) => {
             Err(Error::MethodNotAllowed("GET, HEAD"))
         }
         _ => Err(Error::NotFound),
@@ -114,6 +114,10 @@ fn refuse(state: &State, error: &Error) -> Answer {
     if let Some(seconds) = error.retry_after() {
         headers.insert(RETRY_AFTER, HeaderValue::from(seconds));
     }
+    if let Error::RangeNotSatisfiable { size } = error {
+        let range = HeaderValue::from_str(&format!("bytes */{size}")).expect("digits are a header's value");
+        headers.insert(CONTENT_RANGE, range);
+    }
     if status == StatusCode::UNAUTHORIZED {
         headers.insert(hyper::header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
     }
@@ -127,7 +131,11 @@ pub(super) fn refusal(state: &State, error: &Error) -> String {
     if status.is_server_error() {
         tracing::warn!(code, %error, "could not serve a request");
     }
-    serde_json::json!({"error": error.message(), "code": code}).to_string()
+    let mut told = serde_json::json!({"error": error.message(), "code": code});
+    if let Some(bytes) = error.available_bytes() {
+        told["available_bytes"] = bytes.into();
+    }
+    told.to_string()
 }
 
 /// The client's own id where it has a sound one, else a new one.
@@ -146,7 +154,7 @@ pub(super) fn json(value: &impl Serialize) -> Answer {
 }
 
 pub(super) fn json_bytes(bytes: Bytes) -> Answer {
-    let mut response = Response::new(Either::Left(Full::new(bytes)));
+    let mut response = Response::new(Body::from(bytes));
     response.headers_mut().insert(CONTENT_TYPE, JSON);
     response
 }

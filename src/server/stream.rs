@@ -21,7 +21,8 @@ use tracing::Instrument;
 use super::State;
 use super::error::Error;
 use super::handlers::{self, Answered};
-use super::route::{Answer, Body, refusal};
+use super::route::{Answer, refusal};
+use super::stream_body::Body;
 use crate::supervisor::{Field, Told};
 
 /// Of silence, until a comment shows that the stream lives: proxies give up after 30 s and more.
@@ -68,7 +69,7 @@ where
 {
     let keep_alive = KeepAlive::new().interval(KEEP_ALIVE);
     let body = SseBody::new(Box::pin(events)).with_keep_alive::<Timer>(keep_alive);
-    let mut response = Response::new(Body::Right(BodyExt::boxed_unsync(body.map_err(std::io::Error::other))));
+    let mut response = Response::new(Body::Stream(BodyExt::boxed_unsync(body.map_err(Into::into))));
     response.headers_mut().insert(CONTENT_TYPE, EVENTS);
     response.headers_mut().insert(CACHE_CONTROL, HeaderValue::from_static("no-store"));
     response

@@ -15,6 +15,8 @@ use crate::runtime::fake::Inside;
 
 use super::protocol::{self, HEADER_BYTES};
 
+/// Its workspace has no files that could be asked for.
+const NO_FILE: &str = r#"{"error":"not_found"}"#;
 const HELLO: &str = r#"{"python":"3.0.0","pid":1,"uid":1000}"#;
 
 /// Spawns one; the way to `runtime::fake::Fake::new`.
@@ -27,6 +29,7 @@ async fn serve(mut stream: DuplexStream, inside: Arc<Inside>) {
     while let Some((nonce, kind, payload)) = next(&mut stream, &mut buffer).await {
         let answered = match kind {
             1 => send(&mut stream, nonce, 129, &[HELLO.as_bytes()]).await,
+            4 => send(&mut stream, nonce, 132, &[NO_FILE.as_bytes(), b""]).await,
             2 => run(&mut stream, &mut buffer, nonce, payload, &inside).await,
             _ => Some(()),
         };

@@ -1,20 +1,25 @@
 //! Floor 3: the conversation with one sandbox. Deadlines and caps are kept here, whatever a guest does.
 
 pub mod fake;
+pub mod files;
 mod protocol;
 mod report;
 
+use std::pin::Pin;
+use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use bytes::{Buf, Bytes, BytesMut};
 use futures_util::FutureExt;
 use serde::Serialize;
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::io::AsyncWrite;
 use tokio::sync::Notify;
 use tokio::sync::mpsc::UnboundedSender;
 use tokio::time::{Instant, timeout_at};
+use tokio_util::io::poll_read_buf;
 
 use crate::runtime::{Duplex, Layer, LayerState, SandboxSpec};
+use files::{Desk, Exchanges};
 pub use protocol::Violation;
 use protocol::{Answer, Frame, Request};
 use report::Asked;
@@ -228,6 +233,11 @@ pub enum Error {
 pub struct Supervisor {
     stream: Duplex,
     buffer: BytesMut,
+    /// What is left of the frame that is being written.
+    outgoing: Bytes,
+    /// What was written may lie in a buffer of the stream's.
+    unflushed: bool,
+    desk: Desk,
     grace: Duration,
     longest: usize,
     error_bytes: usize,
@@ -249,6 +259,13 @@ enum State {
     },
 }
 
+/// Whether to take up what is asked about files.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Calls {
+    Take,
+    Leave,
+}
+
 impl std::fmt::Debug for Supervisor {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Supervisor").field("state", &self.state).finish_non_exhaustive()
@@ -267,6 +284,9 @@ impl Supervisor {
         let mut supervisor = Supervisor {
             stream,
             buffer: BytesMut::new(),
+            outgoing: Bytes::new(),
+            unflushed: false,
+            desk: Desk::new(),
             grace: Duration::from_millis(caps.grace_ms) * 2,
             longest: parts as usize + LISTING_BYTES + REPORT_BYTES,
             error_bytes: caps.error as usize,
@@ -295,6 +315,10 @@ impl Supervisor {
     ///
     /// May be dropped at any await; `cancel` then brings the supervisor back to rest.
     pub async fn run(&mut self, run: &Run<'_>) -> Result<Report, Error> {
+        self.settle().await.map_err(|error| match error {
+            Error::Ended => Error::NotBegun,
+            error => error,
+        })?;
         if !self.is_alive() {
             return Err(Error::NotBegun);
         }
@@ -322,7 +346,55 @@ impl Supervisor {
     /// Whether, as far as can be seen without waiting, it is there and at rest: between runs its stream is open and
     /// silent.
     pub fn is_alive(&mut self) -> bool {
-        self.is_idle() && self.buffer.is_empty() && self.fill().now_or_never().is_none()
+        self.is_idle() && self.is_settled() && self.buffer.is_empty() && self.fill().now_or_never().is_none()
+    }
+
+    /// Where questions about its files are asked; they are answered while somebody serves it, or awaits a run's report.
+    pub fn exchanges(&self) -> Exchanges {
+        self.desk.exchanges()
+    }
+
+    /// Serves what is asked about files, between runs, until the caller has what he waits for and drops this.
+    pub async fn serve(&mut self) -> Error {
+        loop {
+            if let Err(error) = self.answer_callers() {
+                return error;
+            }
+            if let Err(error) = self.step(Calls::Take).await {
+                return error;
+            }
+        }
+    }
+
+    /// Ends the exchanges that are under way, the callers of some of which may be gone. Takes no further ones.
+    pub async fn settle(&mut self) -> Result<(), Error> {
+        if !self.is_idle() || self.is_settled() {
+            return Ok(());
+        }
+        let settled = async {
+            while !self.is_settled() {
+                self.step(Calls::Leave).await?;
+                self.answer_callers()?;
+            }
+            self.rest();
+            Ok(())
+        };
+        timeout_at(Instant::now() + files::TIMEOUT, settled).await.unwrap_or(Err(Error::Unresponsive))
+    }
+
+    fn is_settled(&self) -> bool {
+        self.outgoing.is_empty() && self.desk.is_quiet()
+    }
+
+    /// The answers that have come while no run is under way.
+    fn answer_callers(&mut self) -> Result<(), Error> {
+        while let Some(frame) = protocol::decode(&mut self.buffer, self.longest)? {
+            match frame.kind {
+                Answer::File => self.desk.answer(frame)?,
+                Answer::Hello | Answer::Done | Answer::Output => return Err(Violation::Nonce.into()),
+            }
+        }
+        Ok(())
     }
 
     /// Whether no run is under way.
@@ -378,13 +450,70 @@ impl Supervisor {
     }
 
     async fn send(&mut self, nonce: u64, kind: Request, sections: &[&[u8]]) -> Result<(), Error> {
+        self.state = State::Sending;
+        self.write_out().await?; // what is left of an exchange's frame
         let mut frame = Vec::new();
         protocol::encode(&mut frame, nonce, kind, sections);
-        self.state = State::Sending;
-        self.stream.write_all(&frame).await.map_err(|_| Error::Ended)?;
-        self.stream.flush().await.map_err(|_| Error::Ended)?;
+        self.outgoing = frame.into();
+        self.write_out().await?;
         self.state = State::Running { nonce };
         Ok(())
+    }
+
+    /// Reads meanwhile: a supervisor that waits for its own words to be taken listens to none.
+    async fn write_out(&mut self) -> Result<(), Error> {
+        while !self.outgoing.is_empty() || self.unflushed {
+            self.step(Calls::Leave).await?;
+        }
+        Ok(())
+    }
+
+    /// Some progress: a call taken up, something written, something read, or an exchange given up as overdue.
+    async fn step(&mut self, calls: Calls) -> Result<(), Error> {
+        let deadline = self.desk.deadline();
+        let progress = std::future::poll_fn(|context| self.poll_step(context, calls));
+        let Some(deadline) = deadline else { return progress.await };
+        if let Ok(done) = timeout_at(deadline, progress).await {
+            return done;
+        }
+        self.desk.expire();
+        // Beside a run its own deadline tells whether the supervisor is to be given up.
+        if self.is_idle() { Err(Error::Unresponsive) } else { Ok(()) }
+    }
+
+    fn poll_step(&mut self, context: &mut Context<'_>, calls: Calls) -> Poll<Result<(), Error>> {
+        if calls == Calls::Take
+            && self.outgoing.is_empty()
+            && let Poll::Ready(frame) = self.desk.poll_next(context)
+        {
+            self.outgoing = frame.into();
+            return Poll::Ready(Ok(())); // it has a deadline now
+        }
+        if let Poll::Ready(written) = self.poll_write(context) {
+            return Poll::Ready(written);
+        }
+        self.poll_fill(context)
+    }
+
+    /// Ready where something was written, pending where nothing is to be or none is taken.
+    fn poll_write(&mut self, context: &mut Context<'_>) -> Poll<Result<(), Error>> {
+        let mut stream = Pin::new(&mut self.stream);
+        if !self.outgoing.is_empty() {
+            return match ready!(stream.poll_write(context, &self.outgoing)) {
+                Ok(0) | Err(_) => Poll::Ready(Err(Error::Ended)),
+                Ok(written) => {
+                    self.outgoing.advance(written);
+                    self.unflushed = true;
+                    Poll::Ready(Ok(()))
+                }
+            };
+        }
+        if !self.unflushed {
+            return Poll::Pending; // nobody waits for it: the reading wakes us
+        }
+        let flushed = ready!(stream.as_mut().poll_flush(context));
+        self.unflushed = false;
+        Poll::Ready(flushed.map_err(|_| Error::Ended))
     }
 
     /// Skips what an earlier conversation left in the stream, up to the answer with the fresh nonce.
@@ -431,7 +560,7 @@ impl Supervisor {
                     return Ok(Report::parse(sections, self.asked, self.error_bytes)?);
                 }
                 Answer::Output => self.pass_on(frame.payload, &mut printed, teller)?,
-                Answer::Hello => return Err(Violation::Nonce.into()),
+                Answer::Hello | Answer::File => return Err(Violation::Nonce.into()),
             }
         }
     }
@@ -466,18 +595,30 @@ impl Supervisor {
     /// May be dropped at any await: what has come is kept.
     async fn next(&mut self, nonce: u64, longest: usize) -> Result<Frame, Error> {
         loop {
-            if let Some(frame) = protocol::decode(&mut self.buffer, longest)? {
-                return if frame.nonce == nonce { Ok(frame) } else { Err(Violation::Nonce.into()) };
+            while let Some(frame) = protocol::decode(&mut self.buffer, longest)? {
+                match frame.kind {
+                    Answer::File => self.desk.answer(frame)?,
+                    _ if frame.nonce == nonce => return Ok(frame),
+                    _ => return Err(Violation::Nonce.into()),
+                }
             }
-            self.fill().await?;
+            self.step(Calls::Take).await?;
         }
     }
 
     async fn fill(&mut self) -> Result<(), Error> {
+        std::future::poll_fn(|context| self.poll_fill(context)).await
+    }
+
+    fn poll_fill(&mut self, context: &mut Context<'_>) -> Poll<Result<(), Error>> {
+        let most = self.longest + files::MOST_BYTES;
+        if self.buffer.len() > most {
+            return Poll::Ready(Err(Violation::Length(self.buffer.len() as u64).into())); // not looked at while we write
+        }
         self.buffer.reserve(4096);
-        match self.stream.read_buf(&mut self.buffer).await {
-            Ok(0) | Err(_) => Err(Error::Ended),
-            Ok(_) => Ok(()),
+        match ready!(poll_read_buf(Pin::new(&mut self.stream), context, &mut self.buffer)) {
+            Ok(0) | Err(_) => Poll::Ready(Err(Error::Ended)),
+            Ok(_) => Poll::Ready(Ok(())),
         }
     }
 

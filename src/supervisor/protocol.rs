@@ -8,9 +8,11 @@
 //! | 1 hello | server | the attachment's | the caps as JSON |
 //! | 2 run | server | the run's | options as JSON, code, data as JSON, stdin |
 //! | 3 interrupt | server | the run's | none |
+//! | 4 file | server | the exchange's | operation as JSON, path, data: see files.rs |
 //! | 129 hello | supervisor | the attachment's | what it is and sees of its layers, as JSON |
 //! | 130 done | supervisor | the run's | report, result or error as JSON, stdout, stderr, listing as JSON, extras as JSON |
 //! | 131 output | supervisor | the run's | 1 for stdout or 2 for stderr, bytes; none where it is cut from here on |
+//! | 132 file | supervisor | the exchange's | facts or the word for a refusal as JSON, data |
 //!
 //! A report is 36 bytes: exit status and signal of the run's process (4 each, -1 for none), what came on its
 //! result pipe (0 nothing, 1 a result, 2 an error), what stopped it (0 nothing, 1 its timeout, 2 an interrupt,
@@ -32,6 +34,7 @@ pub(super) enum Request {
     Hello = 1,
     Run = 2,
     Interrupt = 3,
+    File = 4,
 }
 
 /// The kinds that a supervisor sends.
@@ -40,6 +43,7 @@ pub(super) enum Answer {
     Hello = 129,
     Done = 130,
     Output = 131,
+    File = 132,
 }
 
 /// A frame from a supervisor.
@@ -103,6 +107,7 @@ pub(super) fn decode(buffer: &mut BytesMut, longest: usize) -> Result<Option<Fra
         129 => Answer::Hello,
         130 => Answer::Done,
         131 => Answer::Output,
+        132 => Answer::File,
         other => return Err(Violation::Kind(other)),
     };
     let length = header.get_u32() as usize;

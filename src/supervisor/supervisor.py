@@ -1212,6 +1212,7 @@ class Supervisor:
     def __init__(self):
         self.input = Input()
         self.backlog = []
+        self.files = Files()
         self.empty_since = None
         self.limits = None
         self.forker = self.waiting = self.kernel = None
@@ -1229,12 +1230,14 @@ class Supervisor:
             run.end(self.forker.ended())
 
     def listen(self, run):
-        """Obeys an interrupt of this run; keeps every other frame for later."""
+        """Obeys an interrupt of this run, and what is asked about files; keeps every other frame for later."""
         while True:
             frame = self.input.take()
             if frame is None:
                 return
-            if frame[1] != INTERRUPT:
+            if frame[1] == FILE:
+                self.files.obey(frame[0], frame[2])
+            elif frame[1] != INTERRUPT:
                 self.backlog.append(frame)
             if frame[1] == HELLO or (frame[1] == INTERRUPT and frame[0] == run.nonce):
                 run.interrupt(CANCELLED)  # another server is here: the one that asked for this run is gone
@@ -1261,6 +1264,7 @@ class Supervisor:
         self.poller.register(self.forker.fd, select.POLLIN)
 
     def hello(self, nonce, payload):
+        self.files.close_all()
         self.limits = loads(split(payload)[0].decode())
         self.memory = MemoryGroup()
         Supervisor.greeted = True
@@ -1393,6 +1397,384 @@ class Supervisor:
             self.hello(nonce, payload)
         elif kind == RUN:
             self.run(nonce, payload)
+        elif kind == FILE:
+            self.files.obey(nonce, payload)
+
+
+# -- files -------------------------------------------------------------------------------------------
+#
+# PID 1 does this itself, beside a run as well, as one small exchange at a time (see protocol.rs). It has the
+# guest's uid, and opens nothing outside the workspace: each step is one name in a directory that is held open,
+# and no call follows a symlink. `Place` reads symlinks and walks where they lead, where that is inside; what a
+# guest swaps meanwhile is an error, or another place in its own workspace.
+
+
+FILE, FILE_ANSWER = 4, 132
+FILE_BYTES = 64 * 1024  # of content or entries in one exchange
+ENTRY = struct.Struct(">BHQqQH")  # kind, mode, size, mtime in ns, inode number, length of the name that follows
+MOST_HANDLES = 8  # far below MOST_DESCRIPTORS, with what else is open
+MOST_LINKS = 40  # symlinks on the way, as the kernel has it
+MOST_REMOVED = 512  # entries in one exchange: a run's output and deadline wait that long
+MOST_LEVELS = 16  # directories held open while a tree is removed
+ROOT = WORKSPACE.encode()
+STEP = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW
+READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK  # a lease of the guest's is refused, not waited for
+NO_SPACE = 28, 122, 27  # ENOSPC, EDQUOT, EFBIG
+WORDS = {
+    1: "denied",
+    2: "not_found",
+    6: "not_a_file",  # ENXIO: a socket
+    11: "denied",  # EAGAIN: a lease
+    13: "denied",
+    17: "exists",
+    20: "not_a_directory",
+    21: "is_directory",
+    36: "name_too_long",
+    40: "outside",  # ELOOP: a symlink, swapped in after the look
+}
+
+
+class Refused(Exception):
+    """An exchange that is refused, with the word for the reason."""
+
+
+def available():
+    """Bytes that the workspace still takes."""
+    left = os.statvfs(WORKSPACE)
+    return left.f_bavail * left.f_frsize
+
+
+def refusal(error):
+    """What the server is told of an error: a word of the protocol."""
+    if isinstance(error, Refused):
+        word = error.args[0]
+    elif isinstance(error, MemoryError):
+        word = "failed"
+    else:
+        word = "no_space" if error.errno in NO_SPACE else WORDS.get(error.errno, "failed")
+    return {"error": word, "available_bytes": available()} if word == "no_space" else {"error": word}
+
+
+def kind_of(mode):
+    if _stat.S_ISREG(mode):
+        return 0
+    return 1 if _stat.S_ISDIR(mode) else 2 if _stat.S_ISLNK(mode) else 3
+
+
+def facts_of(status):
+    return {
+        "kind": kind_of(status.st_mode),
+        "mode": _stat.S_IMODE(status.st_mode),
+        "size": status.st_size,
+        "mtime_ns": status.st_mtime_ns,
+        "inode": status.st_ino,
+    }
+
+
+def check_regular(status):
+    """Whatever else there is blocks, or is no bytes."""
+    if _stat.S_ISDIR(status.st_mode):
+        raise Refused("is_directory")
+    if not _stat.S_ISREG(status.st_mode):
+        raise Refused("not_a_file")
+
+
+def steps_of(path):
+    """The names of a request's path, the first one last; the server has refused what is odd, and so do we."""
+    names = path.split(b"/") if path else []
+    if any(name in (b"", b".", b"..") or b"\0" in name for name in names):
+        raise Refused("outside")
+    return names[::-1]
+
+
+class Place:
+    """Where a path ends: a directory that is held open, and a name in it.
+
+    `make` makes the directories on the way; without `follow` a symlink at the end is the place itself.
+    """
+
+    def __init__(self, path, make=False, follow=True):
+        self.above, self.make = [], make
+        self.fd, self.name = os.open(WORKSPACE, STEP), b"."
+        try:
+            self.walk(steps_of(path), follow)
+        except BaseException:
+            os.close(self.fd)
+            raise
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        os.close(self.fd)
+
+    def walk(self, pending, follow):
+        links = 0
+        while pending:
+            name = pending.pop()
+            target = self.link_at(name) if pending or follow else None
+            if name == b"..":
+                self.leave()
+            elif target is not None:
+                links += 1
+                if links > MOST_LINKS:
+                    raise Refused("outside")
+                pending += [step for step in self.inside(target).split(b"/") if step not in (b"", b".")][::-1]
+            elif pending:
+                self.enter(name)
+            else:
+                self.name = name
+
+    def link_at(self, name):
+        """Where a symlink leads; None for all that is none."""
+        try:
+            return os.readlink(name, dir_fd=self.fd)
+        except OSError:
+            return None
+
+    def inside(self, target):
+        """A symlink's target as seen from the directory that is open."""
+        if not target.startswith(b"/"):
+            return target
+        if target != ROOT and not target.startswith(ROOT + b"/"):
+            raise Refused("outside")
+        self.stand_at([])
+        return target[len(ROOT) :]
+
+    def leave(self):
+        if not self.above:
+            raise Refused("outside")
+        self.stand_at(self.above[:-1])  # not by "..", which leads wherever the directory is by now
+
+    def stand_at(self, names):
+        fd = os.open(WORKSPACE, STEP)
+        os.close(self.fd)
+        self.fd, self.above = fd, []
+        for name in names:
+            self.enter(name)
+
+    def enter(self, name):
+        try:
+            fd = os.open(name, STEP, dir_fd=self.fd)
+        except FileNotFoundError:
+            if not self.make:
+                raise
+            os.mkdir(name, 0o755, dir_fd=self.fd)
+            fd = os.open(name, STEP, dir_fd=self.fd)
+        os.close(self.fd)
+        self.fd = fd
+        self.above.append(name)
+
+    def status(self):
+        return os.stat(self.name, dir_fd=self.fd, follow_symlinks=False)
+
+    def open(self, flags):
+        return os.open(self.name, flags, dir_fd=self.fd)
+
+    def take(self, make):
+        """Puts here what `make` makes under a name, in one step where something is here already; True where
+        nothing was."""
+        try:
+            make(self.name, self.fd)
+            return True
+        except FileExistsError:
+            if _stat.S_ISDIR(self.status().st_mode):
+                raise Refused("is_directory")
+        aside = b".codesandbox-%x" % time.monotonic_ns()
+        make(aside, self.fd)
+        try:
+            os.rename(aside, self.name, src_dir_fd=self.fd, dst_dir_fd=self.fd)
+        except OSError:
+            os.unlink(aside, dir_fd=self.fd)
+            raise
+        return False
+
+
+class Files:
+    """The exchanges about files, each by its word; what is open is known by numbers that the server chose."""
+
+    def __init__(self):
+        self.handles = {}
+
+    def obey(self, nonce, payload):
+        try:
+            options, path, data = split(payload)
+            options = loads(options.decode())
+            facts, data = getattr(self, "do_" + options["op"])(path, data, options)
+        except (Refused, OSError, MemoryError) as error:
+            facts, data = refusal(error), b""
+        send(nonce, FILE_ANSWER, dumps(facts).encode(), data)
+
+    def close_all(self):
+        """Another server is here, which knows nothing of them."""
+        for handle in list(self.handles):
+            os.close(self.handles.pop(handle))
+
+    def check_room(self):
+        if len(self.handles) >= MOST_HANDLES:
+            raise Refused("busy")
+
+    def fd_of(self, options):
+        try:
+            return self.handles[options["handle"]]
+        except KeyError:
+            raise Refused("closed")
+
+    def do_stat(self, path, data, options):
+        with Place(path) as place:
+            return facts_of(place.status()), b""
+
+    def do_list(self, path, after, options):
+        """The entries of one directory that come after a name, by their bytes, as many as fit."""
+        with Place(path) as place:
+            fd = place.open(READ | os.O_DIRECTORY)
+        try:
+            entries, size = [], 0
+            for name in sorted(name for name in map(os.fsencode, os.listdir(fd)) if name > after):
+                try:
+                    status = os.stat(name, dir_fd=fd, follow_symlinks=False)
+                except FileNotFoundError:
+                    continue
+                size += ENTRY.size + len(name)
+                if size > FILE_BYTES:
+                    return {"more": True}, b"".join(entries)
+                facts = facts_of(status)
+                numbers = facts["kind"], facts["mode"], facts["size"], facts["mtime_ns"], facts["inode"]
+                entries.append(ENTRY.pack(*numbers, len(name)) + name)
+            return {}, b"".join(entries)
+        finally:
+            os.close(fd)
+
+    def do_target(self, path, data, options):
+        with Place(path, follow=False) as place:
+            return {}, os.readlink(place.name, dir_fd=place.fd)
+
+    def do_open(self, path, data, options):
+        self.check_room()
+        with Place(path) as place:
+            check_regular(place.status())  # a FIFO is not even opened: somebody may wait for that
+            fd = place.open(READ)
+        status = os.fstat(fd)
+        try:
+            check_regular(status)
+        except Refused:
+            os.close(fd)
+            raise
+        self.handles[options["handle"]] = fd
+        return facts_of(status), b""
+
+    def do_read(self, path, data, options):
+        return {}, os.pread(self.fd_of(options), min(options["length"], FILE_BYTES), options["offset"])
+
+    def do_create(self, path, data, options):
+        """A file without a name: whoever dies, nothing of it is left."""
+        self.check_room()
+        try:
+            with Place(path) as place:
+                check_regular(place.status())
+        except FileNotFoundError:
+            pass  # so it is to be made
+        if options["size"] > available():
+            raise Refused("no_space")
+        fd = os.open(WORKSPACE, os.O_TMPFILE | os.O_WRONLY, 0o600)
+        self.handles[options["handle"]] = fd
+        return {}, b""
+
+    def do_write(self, path, data, options):
+        try:
+            write_all(self.fd_of(options), data)
+        except OSError:
+            self.do_close(path, data, options)  # what it took is available again
+            raise
+        return {}, b""
+
+    def do_commit(self, path, data, options):
+        fd = self.fd_of(options)
+        os.fchmod(fd, options["mode"])
+        if "mtime_ns" in options:
+            os.utime(fd, ns=(options["mtime_ns"], options["mtime_ns"]))
+        source = "/proc/self/fd/%d" % fd
+        with Place(path, make=True) as place:
+            created = place.take(lambda name, at: os.link(source, name, dst_dir_fd=at, follow_symlinks=True))
+        facts = facts_of(os.fstat(fd))
+        facts["created"] = created
+        self.do_close(path, data, options)
+        return facts, b""
+
+    def do_close(self, path, data, options):
+        fd = self.handles.pop(options["handle"], None)
+        if fd is not None:
+            os.close(fd)
+        return {}, b""
+
+    def do_make(self, path, data, options):
+        with Place(path, make=True) as place:
+            try:
+                os.mkdir(place.name, 0o755, dir_fd=place.fd)
+            except FileExistsError:
+                if not _stat.S_ISDIR(place.status().st_mode):
+                    raise
+        return {}, b""
+
+    def do_link(self, path, target, options):
+        """A symlink, where it leads to somewhere inside."""
+        with Place(path, make=True, follow=False) as place:
+            depth = len(place.above)
+            for step in target.split(b"/"):
+                depth += -1 if step == b".." else step not in (b"", b".")
+                if depth < 0 or target.startswith(b"/"):
+                    raise Refused("outside")
+            place.take(lambda name, at: os.symlink(target, name, dir_fd=at))
+        return {}, b""
+
+    def do_remove(self, path, data, options):
+        """A file, or so much of a directory as one exchange may take: `more` where something is left."""
+        with Place(path, follow=False) as place:
+            try:
+                os.unlink(place.name, dir_fd=place.fd)
+                return {}, b""
+            except IsADirectoryError:
+                top = place.open(STEP)
+            try:
+                self.clear(top, top, 1, MOST_REMOVED)
+            finally:
+                os.close(top)
+            try:
+                os.rmdir(place.name, dir_fd=place.fd)
+            except OSError as error:
+                if error.errno != 39:  # ENOTEMPTY
+                    raise
+                return {"more": True}, b""
+        return {}, b""
+
+    def clear(self, directory, top, level, left):
+        """Empties a directory; gives how many entries may still be removed. What is too deep is moved up."""
+        fd = os.open(".", READ | os.O_DIRECTORY, dir_fd=directory)
+        try:
+            names = os.listdir(fd)
+        finally:
+            os.close(fd)
+        for name in names:
+            if not left:
+                return 0
+            left -= 1
+            try:
+                os.unlink(name, dir_fd=directory)
+                continue
+            except IsADirectoryError:
+                pass
+            if level == MOST_LEVELS:
+                aside = ".codesandbox-%x" % time.monotonic_ns()
+                os.rename(name, aside, src_dir_fd=directory, dst_dir_fd=top)
+                continue
+            below = os.open(name, STEP, dir_fd=directory)
+            try:
+                left = self.clear(below, top, level + 1, left)
+            finally:
+                os.close(below)
+            if left:
+                os.rmdir(name, dir_fd=directory)
+        return left
 
 
 # -- what the sandbox looks like from inside ---------------------------------------------------------

@@ -2,6 +2,7 @@
 
 mod auth;
 mod command_line;
+mod files;
 mod floors;
 mod http;
 mod image;

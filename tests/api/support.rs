@@ -133,6 +133,44 @@ impl Server {
         (response.status().as_u16(), headers, text)
     }
 
+    /// Any request with any bytes, either way.
+    pub(crate) fn send(
+        &self,
+        method: &str,
+        path: &str,
+        headers: &[(&str, &str)],
+        body: &[u8],
+    ) -> (u16, Vec<(String, String)>, Vec<u8>) {
+        let agent = ureq::Agent::config_builder()
+            .http_status_as_error(false)
+            .timeout_global(Some(Duration::from_secs(120)))
+            .allow_non_standard_methods(true)
+            .build()
+            .new_agent();
+        let mut request =
+            ureq::http::Request::builder().method(method).uri(format!("http://{}{path}", self.address));
+        for (name, value) in headers {
+            request = request.header(*name, *value);
+        }
+        let sent = if method == "PUT" {
+            agent.run(request.body(body).unwrap())
+        } else {
+            agent.run(request.body(()).unwrap())
+        };
+        let mut response = sent.unwrap_or_else(|error| panic!("{method} {path}: {error}"));
+        let headers = response.headers().iter();
+        let headers =
+            headers.map(|(name, value)| (name.to_string(), value.to_str().unwrap_or_default().to_owned()));
+        let headers = headers.collect();
+        let bytes = response.body_mut().with_config().limit(64 << 20).read_to_vec().unwrap();
+        (response.status().as_u16(), headers, bytes)
+    }
+
+    /// Puts a file; gives the status.
+    pub(crate) fn put(&self, path: &str, body: impl AsRef<[u8]>) -> u16 {
+        self.send("PUT", path, &[], body.as_ref()).0
+    }
+
     pub(crate) fn get(&self, path: &str) -> (u16, String) {
         let (status, _, text) = self.request("GET", path, &[], "");
         (status, text)

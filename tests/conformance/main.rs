@@ -13,6 +13,7 @@ mod daemon;
 mod drivers;
 mod engine;
 mod fates;
+mod files;
 mod hostile;
 mod isolation;
 mod kernel;
@@ -57,7 +58,8 @@ fn main() -> ExitCode {
 /// are held to the contract, the driver's own, the fates, the recovery and the trouble. What a program meets inside is the kernel,
 /// the image and the settings that the driver asks for, which are the same: that is tried on one of each kind.
 fn behaviours_of(name: &str) -> Vec<Behaviour> {
-    let mut all = [contract::behaviours(), kernel::behaviours(), stream::behaviours()].concat();
+    let mut all =
+        [contract::behaviours(), files::behaviours(), kernel::behaviours(), stream::behaviours()].concat();
     if !drivers::is_a_variant(name) {
         all.extend([isolation::behaviours(), hostile::behaviours()].concat());
     }

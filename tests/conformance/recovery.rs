@@ -6,11 +6,12 @@ use serde_json::json;
 
 use crate::drivers::{self, Driver};
 use crate::engine::Engine;
-use crate::support::{Server, eventually};
+use crate::support::{Server, Wire, eventually};
 
 behaviours! {
     "recovery":
     sessions_outlive_a_killed_server_and_the_next_one,
+    a_file_that_was_put_outlives_a_killed_server_and_half_a_one_does_not,
     what_nobody_had_claimed_is_removed_at_the_next_start,
     strangers_on_the_engine_are_left_alone,
     two_servers_on_one_engine_do_not_touch_each_other,
@@ -63,6 +64,30 @@ fn sessions_outlive_a_killed_server_and_the_next_one(driver: &Driver) {
     assert_eq!(content(&server, "a"), "a");
     assert_eq!(server.request("DELETE", "/sessions/a", &[], "").0, 204);
     assert_eq!(server.run("a", "import os\nresult = os.listdir()")["result"], json!([]));
+}
+
+fn a_file_that_was_put_outlives_a_killed_server_and_half_a_one_does_not(driver: &Driver) {
+    let instance = drivers::new_instance();
+    let mut server = start(driver, &instance);
+    for time in ["once", "twice"] {
+        assert!([201, 204].contains(&server.put("/sessions/a/files/d/f", time)), "{time}");
+        let mut wire = Wire::new(&server);
+        wire.send("PUT /sessions/a/files/half HTTP/1.1\r\nhost: x\r\ncontent-length: 10\r\n\r\nbegun");
+        let taken = || server.metric("codesandbox_file_bytes_total{direction=\"in\"}") >= 9.0;
+        eventually("half of it is in", taken);
+        kill(server);
+        server = start(driver, &instance);
+        assert_eq!(server.get("/sessions/a/files/d/f"), (200, time.to_owned()));
+        let listed = server.get("/sessions/a/files").1;
+        assert!(!listed.contains("half") && listed.matches("path").count() == 2, "{time}: {listed}");
+    }
+    std::thread::scope(|scope| {
+        let code = "import time, os\nwhile not os.path.exists('late'): time.sleep(0.01)\nresult = 1";
+        let run = scope.spawn(|| server.run("a", code));
+        std::thread::sleep(Duration::from_millis(200));
+        assert_eq!(server.put("/sessions/a/files/late", "x"), 201, "beside a run, too");
+        assert_eq!(run.join().unwrap()["result"], 1);
+    });
 }
 
 fn what_nobody_had_claimed_is_removed_at_the_next_start(driver: &Driver) {
