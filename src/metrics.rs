@@ -53,6 +53,8 @@ pub struct Metrics {
     pub sessions_ended: IntCounterVec,
     /// Sandboxes lost with their files, by reason.
     pub lost: IntCounterVec,
+    /// Kernels lost with their variables, the sandbox kept.
+    pub kernels_lost: IntCounter,
     /// Sandboxes of an earlier server, by what became of them: `kept`, `removed`.
     pub recovered: IntCounterVec,
     /// What differed between the engine's list and ours: `missing` there, `unknown` here.
@@ -110,6 +112,10 @@ impl Metrics {
                 "Sandboxes lost with their files, by reason.",
                 "reason",
             ),
+            kernels_lost: make.add(IntCounter::with_opts(Maker::options(
+                "kernels_lost_total",
+                "Kernels lost with their variables, the sandbox kept.",
+            ))),
             recovered: make.counters(
                 "sandboxes_recovered_total",
                 "Sandboxes of an earlier server, by what became of them: kept or removed.",

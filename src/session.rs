@@ -201,6 +201,8 @@ struct Seat {
     kept: Option<Kept>,
     /// A sandbox of this session was lost, and no answer has said so yet.
     lost: bool,
+    /// Likewise of its kernel.
+    kernel_lost: bool,
     /// Of this sandbox, at the end of the last run that was killed.
     out_of_memory_kills: u64,
     /// The session is out of the table: whoever waited begins anew.
@@ -230,7 +232,11 @@ impl Sessions {
         let key = self.key(owner);
         let begun = Instant::now();
         let (mut turn, seated, claimed, answer) = loop {
-            let mut turn = self.enter(&key)?.take_seat().await;
+            let place = self.enter(&key)?;
+            if let Some(teller) = run.teller {
+                teller.accepted();
+            }
+            let mut turn = place.take_seat().await;
             let seated = Instant::now();
             turn.retire_if_outlived();
             if let Some((claimed, answer)) = turn.execute(run).await? {
@@ -245,6 +251,7 @@ impl Sessions {
         turn.is_named().await?;
         turn.place().session.took(timing.run);
         done.lost |= std::mem::take(&mut turn.seat().lost);
+        done.kernel_lost |= std::mem::take(&mut turn.seat().kernel_lost);
         self.count(&done);
         Ok(done)
     }
@@ -612,6 +619,14 @@ impl Seat {
         (self.claimed, self.kept) = (None, None);
     }
 
+    /// Where nobody heard that a run lost its kernel: the next answer says so.
+    fn miss_kernel(&mut self, report: Option<&Report>, inner: &Inner) {
+        if report.is_some_and(|report| report.kernel_lost) {
+            self.kernel_lost = true;
+            inner.metrics.kernels_lost.inc();
+        }
+    }
+
     /// Gives up the stream, and not the sandbox.
     fn let_go(&mut self) {
         if let Some(claimed) = self.claimed.take() {
@@ -852,7 +867,7 @@ impl Turn {
             Outcome::Killed => Err(self.who_killed().await),
         };
         if kernel_lost {
-            metrics.lost.with_label_values(&["kernel"]).inc();
+            metrics.kernels_lost.inc();
         }
         Done {
             outcome,
@@ -951,12 +966,12 @@ impl Drop for Turn {
             let Some(claimed) = seat.claimed.as_mut() else { return };
             let inner = &place.sessions.0;
             match claimed.held.supervisor.cancel().await {
-                Ok(()) => {}
+                Ok(report) => seat.miss_kernel(report.as_ref(), inner),
                 Err(supervisor::Error::Ended) => seat.let_go(), // the next run looks what became of it
                 Err(error) => {
                     let fate = inner.fate(&claimed.held.id, Instant::now() + VERDICT_WAIT).await;
                     match hear_out(&mut claimed.held.supervisor, error, &fate).await {
-                        Ok(_) => {}
+                        Ok(report) => seat.miss_kernel(Some(&report), inner),
                         Err(error) if Loss::of(&error, &fate, false).is_open() => seat.let_go(),
                         Err(_) => {
                             tracing::warn!(session = %place.session.key, "a sandbox was lost: a run cannot be cancelled");

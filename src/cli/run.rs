@@ -7,7 +7,6 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::signal::unix::{SignalKind, signal};
-use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 
 use super::engine::start_runtime;
 use super::serve::prove;
@@ -16,7 +15,7 @@ use crate::config::Config;
 use crate::metrics::Metrics;
 use crate::pool::Pool;
 use crate::session::{self, Done, Owner, Sessions};
-use crate::supervisor::{Field, Run, Told};
+use crate::supervisor::{Field, Follower, Run, Told, teller};
 
 /// What a shell gives a program that SIGINT ended.
 const INTERRUPTED: u8 = 130;
@@ -49,7 +48,7 @@ pub(super) async fn run(mut config: Config, arguments: Arguments) -> Result<Exit
     let settings = crate::pool::Settings { size: 0, ..pool_settings(&config, caps(&config, &unenforced)) };
     let pool = Pool::new(runtime, settings, metrics.clone());
     let sessions = Sessions::new(pool, session_settings(&config), metrics);
-    let (teller, told) = unbounded_channel();
+    let (teller, told) = teller();
     let printing = tokio::spawn(print(told));
     let timeout = timeout.unwrap_or(config.limits.timeout);
     let run = Run { data: &data, teller: Some(&teller), ..Run::new(&code, timeout) };
@@ -99,8 +98,8 @@ async fn run_or_interrupt(
     }
 }
 
-async fn print(mut told: UnboundedReceiver<Told>) -> std::io::Result<()> {
-    while let Some(told) = told.recv().await {
+async fn print(mut told: Follower) -> std::io::Result<()> {
+    while let Some(told) = told.next().await {
         let Told::Printed { stream, bytes } = told else { continue };
         if stream == Field::Stderr {
             std::io::stderr().write_all(&bytes)?;

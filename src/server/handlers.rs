@@ -10,7 +10,6 @@ use hyper::{HeaderMap, Request, Response, StatusCode};
 use percent_encoding::percent_decode_str;
 use serde::Serialize;
 use serde_json::value::RawValue;
-use tokio::sync::mpsc::UnboundedSender;
 
 use super::State;
 use super::body::{RunRequest, check_user_id};
@@ -18,7 +17,7 @@ use super::error::Error;
 use super::route::{Answer, json, json_bytes};
 use super::stream_body::Body;
 use crate::session::{Done, Owner, Timing};
-use crate::supervisor::{Artifact, ErrorDetail, Field, Run, Told};
+use crate::supervisor::{Artifact, ErrorDetail, Field, Run, Teller};
 
 /// The answer to a run; what has nothing to say is absent.
 #[derive(Serialize)]
@@ -83,7 +82,7 @@ pub(super) async fn answer(
     state: &State,
     tenant: &str,
     request: Request<Incoming>,
-    teller: Option<&UnboundedSender<Told>>,
+    teller: Option<&Teller>,
 ) -> Result<Answered, Error> {
     check_content_type(request.headers())?;
     let (body, _room) = state.room.read(request.into_body(), &state.settings).await?;

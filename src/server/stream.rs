@@ -13,7 +13,6 @@ use hyper::header::{ACCEPT, CACHE_CONTROL, CONTENT_TYPE, HeaderValue};
 use hyper::{HeaderMap, Request, Response};
 use serde_json::json;
 use sse_stream::{KeepAlive, Sse, SseBody};
-use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 use tokio::task::JoinSet;
 use tokio::time::{Instant, Sleep};
 use tracing::Instrument;
@@ -23,7 +22,7 @@ use super::error::Error;
 use super::handlers::{self, Answered};
 use super::route::{Answer, refusal};
 use super::stream_body::Body;
-use crate::supervisor::{Field, Told};
+use crate::supervisor::{Field, Follower, Told, teller};
 
 /// Of silence, until a comment shows that the stream lives: proxies give up after 30 s and more.
 const KEEP_ALIVE: Duration = Duration::from_secs(15);
@@ -38,26 +37,23 @@ pub(super) fn is_wanted(headers: &HeaderMap) -> bool {
     })
 }
 
-/// Begins with the run: one that cannot begin gets the status that it would get without events.
+/// Begins once the run has its place in the queue: one that is refused gets the status that it would get without events.
 ///
-/// The run goes on beside the stream, since a client that reads slowly must not hold it up; what it prints waits here,
-/// and its caps bound that. Dropping the stream interrupts it.
+/// The run goes on beside the stream, since a client that reads slowly must not hold it up. Dropping the stream
+/// interrupts it.
 pub(super) async fn run(
     state: Arc<State>,
     tenant: Arc<str>,
     request: Request<Incoming>,
 ) -> Result<Answer, Error> {
-    let (teller, mut told) = unbounded_channel();
+    let (teller, mut told) = teller();
     let mut run = JoinSet::new();
     let serving = state.clone();
     let answer = async move { handlers::answer(&serving, &tenant, request, Some(&teller)).await };
     run.spawn(answer.in_current_span());
-    match told.recv().await {
-        Some(Told::Begun) => {}
-        Some(Told::Printed { .. }) | None => {
-            let Answered { answer, .. } = ended(&mut run).await?; // it was over before it began: its sandbox was lost
-            return Ok(response(futures_util::stream::iter([Ok(event("done", answer))])));
-        }
+    if told.next().await != Some(Told::Accepted) {
+        let Answered { answer, .. } = ended(&mut run).await?; // an error, as a rule: it was never accepted
+        return Ok(response(futures_util::stream::iter([Ok(event("done", answer))])));
     }
     let events = Events { state, told, run, partial: Default::default(), over: false };
     Ok(response(unfold(events, async |mut events| Some((Ok(events.next().await?), events)))))
@@ -82,7 +78,7 @@ async fn ended(run: &mut JoinSet<Result<Answered, Error>>) -> Result<Answered, E
 
 struct Events {
     state: Arc<State>,
-    told: UnboundedReceiver<Told>,
+    told: Follower,
     run: JoinSet<Result<Answered, Error>>,
     partial: [Partial; 2],
     over: bool,
@@ -91,10 +87,9 @@ struct Events {
 impl Events {
     async fn next(&mut self) -> Option<Sse> {
         while !self.over {
-            match self.told.recv().await {
-                Some(Told::Printed { stream, bytes }) if bytes.is_empty() => {
-                    let field = json!({"field": stream.as_str()});
-                    return Some(event("truncated", field.to_string()));
+            match self.told.next().await {
+                Some(Told::Cut(stream)) => {
+                    return Some(event("truncated", json!({"field": stream.as_str()}).to_string()));
                 }
                 Some(Told::Printed { stream, bytes }) => {
                     let partial = &mut self.partial[usize::from(stream == Field::Stderr)];
@@ -103,7 +98,7 @@ impl Events {
                         return Some(printed(stream, &text));
                     }
                 }
-                Some(Told::Begun) => {}
+                Some(Told::Accepted) => {}
                 None => return Some(self.last().await),
             }
         }

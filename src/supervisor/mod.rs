@@ -4,6 +4,7 @@ pub mod fake;
 pub mod files;
 mod protocol;
 mod report;
+mod teller;
 
 use std::pin::Pin;
 use std::task::{Context, Poll, ready};
@@ -14,7 +15,6 @@ use futures_util::FutureExt;
 use serde::Serialize;
 use tokio::io::AsyncWrite;
 use tokio::sync::Notify;
-use tokio::sync::mpsc::UnboundedSender;
 use tokio::time::{Instant, timeout_at};
 use tokio_util::io::poll_read_buf;
 
@@ -24,6 +24,7 @@ pub use protocol::Violation;
 use protocol::{Answer, Frame, Request};
 use report::Asked;
 pub use report::{Artifact, ErrorDetail, ErrorKind, Field, MAX_JSON_DEPTH, Outcome, Report, json_depth};
+pub use teller::{Follower, Teller, Told, teller};
 
 /// The program that is PID 1 of every sandbox: for `python3 -I -S`, as it is or compiled.
 pub const SOURCE: &str = include_str!("supervisor.py");
@@ -76,7 +77,7 @@ pub struct Run<'a> {
     /// What it may use.
     pub narrowed: Narrowed,
     /// For who wants to know at once what it prints.
-    pub teller: Option<&'a UnboundedSender<Told>>,
+    pub teller: Option<&'a Teller>,
     /// Told when it is to be interrupted.
     pub interrupt: Option<&'a Notify>,
 }
@@ -146,20 +147,6 @@ impl From<&Run<'_>> for Options {
             output_bytes,
         }
     }
-}
-
-/// What is told of a run while it goes on.
-#[derive(Debug, Clone)]
-pub enum Told {
-    /// Its sandbox has it.
-    Begun,
-    /// It printed.
-    Printed {
-        /// `Field::Stdout` or `Field::Stderr`.
-        stream: Field,
-        /// Any bytes, cut anywhere; none: what follows is not told, since the cap is reached.
-        bytes: Bytes,
-    },
 }
 
 /// What a supervisor tells of itself when it is attached.
@@ -329,9 +316,6 @@ impl Supervisor {
         let sections = [&options[..], run.code.as_bytes(), run.data.as_bytes(), run.stdin.as_bytes()];
         let converse = async {
             self.send(nonce, Request::Run, &sections).await.map_err(|_| Error::NotBegun)?;
-            if let Some(teller) = run.teller {
-                let _ = teller.send(Told::Begun); // nobody listens: the run is about to be dropped
-            }
             self.report(nonce, run.teller, run.interrupt).await
         };
         timeout_at(deadline, converse).await.unwrap_or(Err(Error::Unresponsive))
@@ -402,10 +386,10 @@ impl Supervisor {
         matches!(self.state, State::Idle)
     }
 
-    /// Interrupts a run whose caller is gone and waits until the supervisor is at rest.
-    pub async fn cancel(&mut self) -> Result<(), Error> {
+    /// Interrupts a run whose caller is gone and waits until the supervisor is at rest; gives its report, if any.
+    pub async fn cancel(&mut self) -> Result<Option<Report>, Error> {
         let nonce = match self.state {
-            State::Idle => return Ok(()),
+            State::Idle => return Ok(None),
             State::Sending => return Err(Error::Ended),
             State::Running { nonce } => nonce,
         };
@@ -414,7 +398,7 @@ impl Supervisor {
             self.send(nonce, Request::Interrupt, &[]).await?;
             self.report(nonce, None, None).await
         };
-        timeout_at(deadline, converse).await.unwrap_or(Err(Error::Unresponsive)).map(drop)
+        timeout_at(deadline, converse).await.unwrap_or(Err(Error::Unresponsive)).map(Some)
     }
 
     /// What the layers are worth, tried from inside; the engine's own claims are `layers`.
@@ -539,7 +523,7 @@ impl Supervisor {
     async fn report(
         &mut self,
         nonce: u64,
-        teller: Option<&UnboundedSender<Told>>,
+        teller: Option<&Teller>,
         interrupt: Option<&Notify>,
     ) -> Result<Report, Error> {
         let (mut printed, mut interrupt) = (0, interrupt);
@@ -565,12 +549,7 @@ impl Supervisor {
         }
     }
 
-    fn pass_on(
-        &self,
-        payload: Bytes,
-        printed: &mut usize,
-        teller: Option<&UnboundedSender<Told>>,
-    ) -> Result<(), Violation> {
+    fn pass_on(&self, payload: Bytes, printed: &mut usize, teller: Option<&Teller>) -> Result<(), Violation> {
         let [stream, bytes] = protocol::sections(payload)?;
         *printed += bytes.len();
         let stream = match &stream[..] {
@@ -582,7 +561,7 @@ impl Supervisor {
             return Err(Violation::Length(*printed as u64));
         }
         if let Some(teller) = teller {
-            let _ = teller.send(Told::Printed { stream, bytes }); // as above
+            teller.printed(stream, &bytes);
         }
         Ok(())
     }

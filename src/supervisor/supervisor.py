@@ -46,6 +46,10 @@ OOM_SCORE_ADJ = "900"  # of all but the supervisor, whose own comes from the eng
 NICE = 10  # of all but the supervisor: a guest's fork bomb must not starve what is to stop it
 WARM_AFTER_S = 0.002  # a sandbox that is busy has its next task sooner, and saves the warming
 MOST_ENDED = 256  # children collected in one go
+PLAIN_CHARACTERS = 10_000  # of a value as Python prints it
+BETWEEN_BYTES = 64 * 1024  # of what a kernel prints between two runs, and never more than half of the cap
+KERNEL_WAIT_S = 0.5  # for a forker beside a kernel, which may have stopped it
+ROOM_BYTES = 8 * 1024 * 1024  # of memory, to tell of a run that had no more
 ARTIFACT_BYTES = 100  # of each, beside its content
 LOOK_AGAIN_S = 0.25  # whether a kernel is dead whose end of the pipe a fork of it holds open
 ATTEMPTS = 3  # to begin a run, before the sandbox is given up
@@ -323,6 +327,7 @@ def hide_own_frames(error):
 
 
 def failure_of(error, syntax=False):
+    give_room()
     kind = "raised"
     if syntax:
         kind = "syntax"
@@ -477,7 +482,7 @@ class Extras:
                 pass
         if shown or anyhow:
             try:
-                shown["text/plain"] = repr(value)
+                shown["text/plain"] = repr(value)[:PLAIN_CHARACTERS]
             except Exception:
                 pass
         for media_type, text in shown.items():
@@ -510,8 +515,9 @@ def feed(stdin):
     fd = os.memfd_create("stdin")
     write_all(fd, stdin)
     os.lseek(fd, 0, os.SEEK_SET)
-    os.dup2(fd, 0)
-    os.close(fd)
+    if fd:
+        os.dup2(fd, 0)
+        os.close(fd)
 
 
 def run_process(task, out, err, result, limits):
@@ -541,25 +547,44 @@ def outcome_to_tell(source, data, limits, run):
         flush()
     except KeyboardInterrupt:  # between two of the lines above; the supervisor knows why
         kind, payload, extras = ERROR, INTERRUPTED, b""
+    except MemoryError:
+        _signal.signal(_signal.SIGINT, _signal.SIG_IGN)
+        return FULL
     return OUTCOME.pack(kind, len(payload), len(extras)) + payload + extras
 
 
-def narrow(limits):
-    """Less than the sandbox may, for this process and what it starts, and never more."""
+def narrow(limits, hard=True):
+    """Less than the sandbox may, for this process and what it starts; but for a process that stays, for good."""
     import resource
 
     if "memory_bytes" in limits:
+        old = resource.getrlimit(resource.RLIMIT_AS)
         with open("/proc/self/statm", "rb", 0) as file:
             mapped = int(file.read().split()[0]) * resource.getpagesize()
-        lower(resource, resource.RLIMIT_AS, mapped + limits["memory_bytes"])  # what the run itself maps
-    if "cpu_ms" in limits:  # the supervisor looks closer, but at this process only
-        lower(resource, resource.RLIMIT_CPU, limits["cpu_ms"] // 1000 + 2)
+        soft = at_most(mapped + limits["memory_bytes"], old)  # what the run itself maps
+        room = (soft, at_most(soft + ROOM_BYTES, old)) if hard else (soft, old[1])
+        Narrowed.undo = resource.setrlimit, resource.RLIMIT_AS, (room[1], room[1]) if hard else old
+        resource.setrlimit(resource.RLIMIT_AS, room)
+    if hard and "cpu_ms" in limits:  # the supervisor looks closer, but at this process only
+        seconds = at_most(limits["cpu_ms"] // 1000 + 2, resource.getrlimit(resource.RLIMIT_CPU))
+        resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
 
 
-def lower(resource, limit, value):
-    _, hard = resource.getrlimit(limit)
-    value = value if hard == resource.RLIM_INFINITY else min(value, hard)
-    resource.setrlimit(limit, (value, value))
+def at_most(value, bounds):
+    """RLIM_INFINITY is -1 and bounds nothing."""
+    return min([value] + [bound for bound in bounds if bound >= 0])
+
+
+class Narrowed:
+    undo = None  # a call and its arguments
+
+
+def give_room():
+    """Out of memory, there is none left to say so in; at the end of a run it is of no more use to the guest."""
+    if Narrowed.undo:
+        call, *arguments = Narrowed.undo
+        Narrowed.undo = None
+        call(*arguments)
 
 
 # -- the kernel's own process ------------------------------------------------------------------------
@@ -567,8 +592,9 @@ def lower(resource, limit, value):
 
 def run_cell(source, limits, extras):
     """In the scope that stays: the value of `result` where this run sets it, else of a last expression, as JSON."""
-    cell.number += 1
-    name = CELL_NAME % cell.number
+    write_all(Cell.channel, BEGUN)
+    Cell.number += 1
+    name = CELL_NAME % Cell.number
     FINDER.remember(name, source)
     tree = compiled(source, name, ONLY_AST)
     last = tree.body[-1] if tree.body else None
@@ -579,20 +605,21 @@ def run_cell(source, limits, extras):
         tree.body.pop()
         expression = compiled(_ast.Expression(last.value), name, mode="eval")
     with Results():
-        value = execute_cell(compiled(tree, name), expression)
-        extras.take_figures()
-        extras.close_figures()
+        try:
+            value = execute_cell(compiled(tree, name), expression)
+            extras.take_figures()
+        finally:
+            extras.close_figures()
         if "result" in SCOPE:
             extras.show(SCOPE["result"], False)
             return encode_result(SCOPE["result"], limits["result"])
     return shown_result(value, limits, extras)
 
 
-def cell():
-    """Runs of this kernel so far, in `number`."""
+class Cell:
+    """What a kernel knows of its runs."""
 
-
-cell.number = 0
+    number, channel = 0, None
 
 
 def execute_cell(code, expression):
@@ -613,7 +640,9 @@ def shown_result(value, limits, extras):
         encoded = encode_result(value, limits["result"])
         extras.show(value, False)
         return encoded
-    except Failure:
+    except Failure as failure:
+        if failure.detail["kind"] == "result_too_large":
+            raise
         extras.show(value, True)
         return b"null"
 
@@ -634,6 +663,9 @@ class Results:
 
 BUILTINS = sys.modules["builtins"]
 INTERRUPTED = b'{"kind":"raised","name":"KeyboardInterrupt","value":"","traceback":""}'
+FULL = b'{"kind":"out_of_memory","name":"MemoryError","value":"","traceback":""}'
+FULL = OUTCOME.pack(ERROR, len(FULL), 0) + FULL  # whole, since nothing can be made any more
+BEGUN = b"\1"  # what a kernel says before an outcome: from here on SIGINT is a KeyboardInterrupt
 
 
 def kernel_process(channel, out, err, limits):
@@ -642,15 +674,16 @@ def kernel_process(channel, out, err, limits):
     os.setsid()
     os.dup2(out, 1), os.dup2(err, 2)
     os.close(out), os.close(err)
+    Cell.channel = channel
     while True:
         source, data, stdin, narrowed = read_task(channel)
         stand_in(stdin)
-        before = narrow_softly(loads(narrowed.decode())) if narrowed else None
+        if narrowed:
+            narrow(loads(narrowed.decode()), hard=False)
         outcome = outcome_to_tell(source, data, limits, run_cell)
         if os.getpid() != pid:
             os._exit(0)  # a fork of the guest's that came to the end of the code
-        if before:
-            sys.modules["resource"].setrlimit(*before)
+        give_room()
         write_all(channel, outcome)
 
 
@@ -660,24 +693,12 @@ def stand_in(stdin):
         feed(stdin)
     else:
         null = os.open(os.devnull, os.O_RDONLY)
-        os.dup2(null, 0)
-        os.close(null)
+        if null:  # the guest has closed its own
+            os.dup2(null, 0)
+            os.close(null)
     sys.stdin = sys.__stdin__ = open(0, closefd=False, encoding="utf-8", errors="surrogateescape")
 
 
-def narrow_softly(limits):
-    """For one run of a process that stays: what it may raise again. Gives what brings back the old limit."""
-    if "memory_bytes" not in limits:
-        return None
-    import resource
-
-    old = resource.getrlimit(resource.RLIMIT_AS)
-    with open("/proc/self/statm", "rb", 0) as file:
-        mapped = int(file.read().split()[0]) * resource.getpagesize()
-    value = mapped + limits["memory_bytes"]
-    bounds = [bound for bound in old if bound != resource.RLIM_INFINITY]
-    resource.setrlimit(resource.RLIMIT_AS, (min([value] + bounds), old[1]))
-    return resource.RLIMIT_AS, old
 
 
 class Interpreter:
@@ -783,8 +804,10 @@ class Forker:
         theirs.close()
         self.fd = self.socket.fileno()
 
-    def next(self):
-        """The interpreter that waits; None where the forker is dead."""
+    def next(self, patience=None):
+        """The interpreter that waits; None where the forker is dead, or slower than it may be."""
+        if patience and not select.select([self.fd], [], [], patience)[0]:
+            return None
         try:
             data, ancillary, _, _ = self.socket.recvmsg(FORKED.size, _socket.CMSG_SPACE(DESCRIPTORS.size))
         except ConnectionResetError:
@@ -840,13 +863,19 @@ class Capture:
         return bool(data)
 
     def go_on(self, cap, tell):
-        """For the next run, whose answer has what has come since the last one."""
-        self.cap, self.tell = max(cap, self.size), tell
-        if tell and self.size:
-            tell(self.bytes())
+        """For the next run, whose answer has what has come since the last one, up to half of what it may have."""
+        old = self.bytes()
+        self.cut = self.cut or len(old) > cap // 2
+        old = old[: cap // 2]
+        self.parts, self.size, self.cap, self.tell = [old], len(old), cap, tell
+        if tell and old:
+            tell(old)
+        if tell and self.cut:
+            tell(b"")
 
     def begin_anew(self, cap):
-        self.parts, self.size, self.cut, self.cap, self.tell = [], 0, False, cap, None
+        self.parts, self.size, self.cut, self.tell = [], 0, False, None
+        self.cap = min(cap // 2, BETWEEN_BYTES)
 
     def bytes(self):
         return b"".join(self.parts)
@@ -895,10 +924,13 @@ class Run:
         if not self.why:
             self.why = why
             self.deadline = time.monotonic() + self.grace
-            try:
-                os.kill(self.pid, _signal.SIGINT)
-            except ProcessLookupError:
-                pass  # it has just ended; the forker is about to say so
+            self.signal()
+
+    def signal(self):
+        try:
+            os.kill(self.pid, _signal.SIGINT)
+        except ProcessLookupError:
+            pass  # it has just ended; the forker is about to say so
 
     def expire(self):
         if not self.why:
@@ -933,7 +965,7 @@ class Run:
         """Serves the run's pipes, signals and deadline until its process has ended."""
         self.supervisor.listen(self)
         poller = self.poller
-        captures = {capture.fd: capture for capture in (self.out, self.err, self.result)}
+        captures = {capture.fd: capture for capture in self.captures()}
         for fd in captures:
             poller.register(fd, select.POLLIN)
         try:
@@ -957,8 +989,14 @@ class Run:
             for fd in captures:
                 poller.unregister(fd)
 
+    def captures(self):
+        return self.out, self.err, self.result
+
     def heard(self, more):
         """Something came on the result pipe, or its end did."""
+
+    def outcome(self):
+        return first_frame(self.result.bytes())
 
     def serve(self, fd):
         self.supervisor.serve(fd, self)
@@ -981,6 +1019,11 @@ class FreshRun(Run):
         self.result = Capture(interpreter.result, self.result_cap())
         self.poller = supervisor.poller
 
+    def captures(self):
+        """A kernel's as well, whose threads go on."""
+        kernel = self.supervisor.kernel
+        return super().captures() + ((kernel.out, kernel.err) if kernel else ())
+
 
 class KernelRun(Run):
     """In the interpreter that stays, which may end in the middle of it."""
@@ -988,6 +1031,7 @@ class KernelRun(Run):
     def __init__(self, supervisor, nonce, options, kernel, task):
         super().__init__(supervisor, nonce, options, kernel.pid)
         self.kernel, self.task = kernel, memoryview(task)
+        self.begun, self.wanted = False, None
         self.out, self.err = kernel.out, kernel.err
         self.out.go_on(self.cap("stdout"), self.teller(b"\1"))
         self.err.go_on(self.cap("stderr"), self.teller(b"\2"))
@@ -1014,11 +1058,27 @@ class KernelRun(Run):
         self.give()
         return min(super().patience(), 0.001 if self.task else LOOK_AGAIN_S)
 
+    def signal(self):
+        """Not before the code has begun, since a kernel at rest hears no SIGINT: then at once."""
+        if self.begun:
+            super().signal()
+
     def heard(self, more):
-        if first_frame(self.result.bytes()):
+        result = self.result
+        if result.size and not self.begun:
+            self.begun = True
+            if self.why:
+                self.signal()
+        if self.wanted is None and result.size >= 1 + OUTCOME.size:
+            _, length, extras = OUTCOME.unpack_from(result.bytes(), 1)
+            self.wanted = 1 + OUTCOME.size + length + extras
+        if self.wanted is not None and result.size >= self.wanted:
             self.status = 0
-        elif not more:
+        elif result.cut or not more:
             self.lost()
+
+    def outcome(self):
+        return first_frame(memoryview(self.result.bytes())[1:])
 
     def lost(self):
         """The kernel is dead, and all that it had started is to be, too."""
@@ -1270,7 +1330,7 @@ class Supervisor:
         Supervisor.greeted = True
         self.fork_anew()
         send(nonce, HELLO_ANSWER, dumps(posture()).encode())
-        self.waiting = self.forker.next()
+        self.waiting = self.next_interpreter()
 
     def run(self, nonce, payload):
         options, *task = split(payload)
@@ -1294,25 +1354,31 @@ class Supervisor:
         run.drain()
         send(nonce, DONE, *self.answer(run, spent))
         interpreter.close()
-        self.waiting = self.forker.next()  # at once: descriptors under way count against a user of the host
+        self.waiting = self.next_interpreter()  # at once: descriptors under way count against a user of the host
 
     def run_in_kernel(self, nonce, options, task):
         collect()
         if self.kernel and self.kernel.status() is not None:
             self.lose_kernel()
-        self.kernel = self.kernel or Kernel(self.limits)
         begun = time.monotonic()
         payload = join(task)
-        run = KernelRun(self, nonce, options, self.kernel, LENGTH.pack(len(payload)) + payload)
-        run.wait()
-        run.drain()
-        if run.forker_died:
-            self.lose_kernel()
+        for _ in range(2):
+            self.kernel = self.kernel or Kernel(self.limits)
+            run = KernelRun(self, nonce, options, self.kernel, LENGTH.pack(len(payload)) + payload)
+            run.wait()
+            run.drain()
+            if run.forker_died:
+                self.lose_kernel()
+            if run.begun or run.why:
+                break  # else the kernel was of no use before, and the code has not begun
         send(nonce, DONE, *self.answer(run, time.monotonic() - begun, self.kernel_lost))
         self.kernel_lost = False
         if self.kernel:
             self.kernel.rest()
-        self.waiting = self.waiting or self.forker.next()
+        self.waiting = self.waiting or self.next_interpreter()
+
+    def next_interpreter(self):
+        return self.forker.next(self.kernel and KERNEL_WAIT_S)
 
     def lose_kernel(self):
         """Its variables are gone; which the next answer of one says."""
@@ -1327,7 +1393,7 @@ class Supervisor:
     def begin(self, task):
         """An interpreter that has the task. One that died waiting has not begun it, so another one may."""
         for attempt in range(ATTEMPTS):
-            interpreter, self.waiting = self.waiting or self.forker.next(), None
+            interpreter, self.waiting = self.waiting or self.next_interpreter(), None
             if self.kernel:
                 self.forker.spare(self.kernel)
             if interpreter and interpreter.give(task):
@@ -1341,7 +1407,7 @@ class Supervisor:
         os._exit(1)
 
     def answer(self, run, spent, kernel_lost=False):
-        kind, payload, extras = first_frame(run.result.bytes()) or (0, b"", b"")
+        kind, payload, extras = run.outcome() or (0, b"", b"")
         lines, cut = self.listing()
         killed = os.WIFSIGNALED(run.status) and os.WTERMSIG(run.status) == _signal.SIGKILL
         report = REPORT.pack(
@@ -1384,7 +1450,7 @@ class Supervisor:
                 return frame
             if self.kernel and not self.kernel.watch():
                 self.lose_kernel()
-                self.waiting = self.forker.next()
+                self.waiting = self.next_interpreter()
                 continue
             self.input.fill()
 

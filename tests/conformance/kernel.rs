@@ -5,7 +5,7 @@ use std::time::Duration;
 use serde_json::{Value, json};
 
 use crate::drivers::Driver;
-use crate::support::Server;
+use crate::support::{Server, Wire, post_bytes};
 
 behaviours! {
     "kernel":
@@ -30,6 +30,9 @@ behaviours! {
     a_fork_of_the_guests_answers_nothing,
     a_kernel_that_takes_all_processes_is_lost_and_the_session_is_not,
     garbage_on_the_kernels_pipe_costs_the_kernel_only,
+    a_kernel_lost_while_nobody_listened_is_told_with_the_next_answer,
+    a_timeout_before_the_code_begins_keeps_the_kernel,
+    a_kernel_that_was_left_unusable_is_replaced_before_the_next_run,
     standard_input_is_the_runs_own,
     data_becomes_variables_that_stay,
     another_users_kernel_is_another,
@@ -230,7 +233,7 @@ fn a_timeout_that_is_not_obeyed_loses_the_kernel_and_no_file(driver: &Driver) {
     let answer = kernel(&server, &u, "'x' in globals(), open('f').read()");
     assert_eq!(answer["result"], json!([false, "kept"]), "{answer}");
     assert!(answer.get("session").is_none(), "told once: {answer}");
-    assert!(server.metric("codesandbox_sandboxes_lost_total{reason=\"kernel\"}") >= 1.0);
+    assert!(server.metric("codesandbox_kernels_lost_total") >= 1.0);
 }
 
 fn an_exit_loses_the_kernel_only_where_it_ends_the_process(driver: &Driver) {
@@ -300,7 +303,12 @@ fn what_is_printed_between_runs_is_bounded(driver: &Driver) {
     kernel(&server, &u, code);
     std::thread::sleep(Duration::from_millis(600));
     let answer = kernel(&server, &u, "t.join()");
-    assert_eq!(answer["stdout"].as_str().unwrap().len(), 10 * 1024, "{}", answer["truncated"]);
+    assert_eq!(
+        answer["stdout"].as_str().unwrap().len(),
+        5 * 1024,
+        "half of the cap, the rest is the run's: {}",
+        answer["truncated"]
+    );
     assert_eq!(answer["truncated"], json!(["stdout"]));
     assert_eq!(kernel(&server, &u, "print('y')")["stdout"], "y\n");
 }
@@ -357,6 +365,52 @@ fn garbage_on_the_kernels_pipe_costs_the_kernel_only(driver: &Driver) {
     std::thread::sleep(Duration::from_millis(500));
     let answer = kernel(&server, &u, "open('f').read()");
     assert_eq!((&answer["result"], &answer["session"]), (&json!("kept"), &json!("kernel_lost")), "{answer}");
+}
+
+fn a_kernel_lost_while_nobody_listened_is_told_with_the_next_answer(driver: &Driver) {
+    let (server, u) = driver.server(&[]);
+    kernel(&server, &u, "import signal, time; x = 1");
+    let code = "signal.signal(signal.SIGINT, signal.SIG_IGN)\nopen('deaf', 'w')\nwhile True: time.sleep(1)";
+    let mut wire = Wire::new(&server);
+    wire.send(post_bytes(&json!({"user_id": u, "mode": "kernel", "code": code}).to_string()));
+    std::thread::sleep(Duration::from_millis(500));
+    drop(wire);
+    let answer = kernel(&server, &u, "import os; 'x' in globals(), os.path.exists('deaf')");
+    assert_eq!(
+        (&answer["result"], &answer["session"]),
+        (&json!([false, true]), &json!("kernel_lost")),
+        "{answer}"
+    );
+    assert!(kernel(&server, &u, "1").get("session").is_none());
+}
+
+fn a_timeout_before_the_code_begins_keeps_the_kernel(driver: &Driver) {
+    let (server, u) = driver.server(&[]);
+    kernel(&server, &u, "x = 1");
+    let data: Vec<u32> = (0..400_000).collect();
+    let fields = json!({"mode": "kernel", "timeout_ms": 1, "data": {"d": data}});
+    let answer = server.run_with(&u, "import time; time.sleep(20)", fields);
+    assert_eq!((kind(&answer), answer.get("session")), ("timeout", None), "{answer}");
+    assert_eq!(kernel(&server, &u, "x")["result"], 1);
+}
+
+fn a_kernel_that_was_left_unusable_is_replaced_before_the_next_run(driver: &Driver) {
+    let (server, u) = driver.server(&[]);
+    for code in [
+        "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (3, 3))",
+        "import builtins; builtins.open = None",
+    ] {
+        kernel(&server, &u, code);
+        let answer = kernel(&server, &u, "1 + 1");
+        assert_eq!(
+            (&answer["result"], &answer["session"]),
+            (&json!(2), &json!("kernel_lost")),
+            "{code}: {answer}"
+        );
+    }
+    kernel(&server, &u, "import os; os.close(0); x = 3");
+    let answer = kernel(&server, &u, "x");
+    assert_eq!((&answer["result"], answer.get("session")), (&json!(3), None), "{answer}");
 }
 
 fn standard_input_is_the_runs_own(driver: &Driver) {

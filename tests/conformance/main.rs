@@ -55,12 +55,16 @@ fn main() -> ExitCode {
 /// Every behaviour that a driver is held to.
 ///
 /// Other versions of an engine, and other ways to set it up, differ in the API and in what outlives a server: they
-/// are held to the contract, the driver's own, the fates, the recovery and the trouble. What a program meets inside is the kernel,
-/// the image and the settings that the driver asks for, which are the same: that is tried on one of each kind.
+/// are held to the contract (another version), the driver's own, the fates, the recovery and the trouble. What a program
+/// meets inside is the kernel, the image, our supervisor and the settings that the driver asks for, which are the same:
+/// that is tried on one of each kind.
 fn behaviours_of(name: &str) -> Vec<Behaviour> {
-    let mut all =
-        [contract::behaviours(), files::behaviours(), kernel::behaviours(), stream::behaviours()].concat();
+    let mut all = Vec::new();
+    if name != "podman_stdin" {
+        all.extend(contract::behaviours());
+    }
     if !drivers::is_a_variant(name) {
+        all.extend([files::behaviours(), kernel::behaviours(), stream::behaviours()].concat());
         all.extend([isolation::behaviours(), hostile::behaviours()].concat());
     }
     if !name.starts_with("embedded") {
