@@ -319,6 +319,6 @@ mod tests {
         metered.read_exact(&mut [0; 10]).await.unwrap();
         metered.read_exact(&mut [0; 1]).await.unwrap_err();
         budget.store(u64::MAX, Ordering::Relaxed);
-        metered.read_exact(&mut [0; 1 << 20]).await.unwrap();
+        metered.read_exact(&mut vec![0; 1 << 20]).await.unwrap();
     }
 }

@@ -441,8 +441,6 @@ mod tests {
     use super::super::{Caps, Error, Run, Supervisor};
     use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream};
 
-    const RUN: Run<'_> = Run { code: "1", data: "", stdin: "", timeout: Duration::from_secs(1) };
-
     async fn next(stream: &mut DuplexStream) -> (u64, u8, Vec<u8>) {
         let (nonce, kind) = (stream.read_u64().await.unwrap(), stream.read_u8().await.unwrap());
         let mut payload = vec![0; stream.read_u32().await.unwrap() as usize];
@@ -466,6 +464,7 @@ mod tests {
             result: 1000,
             error: 1000,
             listing_lines: 10,
+            artifacts: 0,
             grace_ms: 1000,
             rlimits: Default::default(),
         };
@@ -517,7 +516,7 @@ mod tests {
         };
         assert!(replies.iter().all(|reply| reply.as_ref().unwrap().data.len() == FILE_BYTES));
         supervisor.settle().await.unwrap();
-        supervisor.run(&RUN).await.unwrap();
+        supervisor.run(&Run::new("1", Duration::from_secs(1))).await.unwrap();
         peer.abort();
     }
 
@@ -538,7 +537,10 @@ mod tests {
                     tokio::task::yield_now().await;
                 }
             }
-            supervisor.run(&RUN).await.unwrap_or_else(|error| panic!("after {polls}: {error}"));
+            supervisor
+                .run(&Run::new("1", Duration::from_secs(1)))
+                .await
+                .unwrap_or_else(|error| panic!("after {polls}: {error}"));
             peer.abort();
         }
     }
@@ -549,7 +551,7 @@ mod tests {
         let exchanges = supervisor.exchanges();
         let (asked, served) = tokio::join!(exchanges.ask(write()), async {
             let error = supervisor.serve().await;
-            (error, supervisor.run(&RUN).await)
+            (error, supervisor.run(&Run::new("1", Duration::from_secs(1))).await)
         });
         assert_eq!(asked.unwrap_err(), Unanswered::Gone);
         assert!(matches!(served.0, Error::Unresponsive), "{}", served.0);
