@@ -14,6 +14,7 @@ use clap::{Args, Parser, Subcommand};
 
 use crate::config::{Config, Driver, Layers, LogFormat, SessionsAtShutdown};
 use crate::runtime::{Limit, SandboxSpec};
+use crate::server::audit;
 use crate::server::auth::Key;
 use crate::supervisor::Caps;
 use crate::{pool, reconciler, session};
@@ -241,9 +242,13 @@ fn stand_apart(config: &mut Config) -> Result<(), Failure> {
 
 /// `filter` is as the configuration's `log`.
 fn log_to_stderr(config: &Config, filter: &str) -> Result<(), Failure> {
-    let filter = tracing_subscriber::EnvFilter::try_new(filter)
+    let mut wanted = tracing_subscriber::EnvFilter::try_new(filter)
         .map_err(|error| format!("configuration key log: {error}"))?;
-    let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    if !filter.contains(audit::TARGET) {
+        let never = format!("{}=off", audit::TARGET); // they are many, and have a file of their own
+        wanted = wanted.add_directive(never.parse().expect("a target and a level are a directive"));
+    }
+    let builder = tracing_subscriber::fmt().with_env_filter(wanted).with_writer(std::io::stderr);
     match config.log_format {
         LogFormat::Text => {
             let colours = std::io::IsTerminal::is_terminal(&std::io::stderr());

@@ -42,6 +42,7 @@ pub struct Config {
     pub allow_unenforced: Vec<Limit>,
     pub log: String,
     pub log_format: LogFormat,
+    pub audit: Audit,
     pub limits: Limits,
     pub session: Session,
     pub auth: Auth,
@@ -84,6 +85,13 @@ pub enum LogFormat {
     Text,
     /// For machines.
     Json,
+}
+
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+#[expect(missing_docs, reason = "each key is documented where its default stands")]
+pub struct Audit {
+    pub file: PathBuf,
 }
 
 #[derive(Debug, Clone, Deserialize)]

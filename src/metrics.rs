@@ -59,6 +59,8 @@ pub struct Metrics {
     pub recovered: IntCounterVec,
     /// What differed between the engine's list and ours: `missing` there, `unknown` here.
     pub reconciled: IntCounterVec,
+    /// Audit lines that did not get into their file.
+    pub audit_lost: IntCounter,
     /// 1 while new runs are taken.
     pub ready: Gauge,
 }
@@ -126,6 +128,10 @@ impl Metrics {
                 "Sandboxes that the engine had lost (missing) or that nobody knew (unknown), and that were cleared up.",
                 "difference",
             ),
+            audit_lost: make.add(IntCounter::with_opts(Maker::options(
+                "audit_lost_total",
+                "Audit lines that did not get into their file: the disk was full, broken or too slow.",
+            ))),
             ready: make.float("ready", "1 while new runs are taken."),
             registry: registry.clone(),
         };

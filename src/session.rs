@@ -121,6 +121,10 @@ pub struct Done {
     pub lost: bool,
     /// Where the time went.
     pub timing: Timing,
+    /// CPU time of the run's own process; none where its sandbox was lost.
+    pub cpu: Duration,
+    /// Its minor page faults; likewise.
+    pub page_faults: u64,
 }
 
 /// The phases of a run, as the server sees them.
@@ -454,7 +458,8 @@ impl Sessions {
         self.0.begun.notified().await;
     }
 
-    fn key(&self, Owner { tenant, user_id }: Owner<'_>) -> SessionKey {
+    /// The session's name outside of this program: nobody learns the user_id from it.
+    pub(crate) fn key(&self, Owner { tenant, user_id }: Owner<'_>) -> SessionKey {
         let mut hash =
             Hmac::<Sha256>::new_from_slice(&self.0.secret.0).expect("HMAC takes keys of any length");
         hash.update(&(tenant.len() as u64).to_be_bytes());
@@ -880,6 +885,8 @@ impl Turn {
             kernel_lost,
             lost: false,
             timing,
+            cpu,
+            page_faults,
         }
     }
 
@@ -942,6 +949,8 @@ impl Turn {
             kernel_lost: false,
             lost,
             timing,
+            cpu: Duration::ZERO,
+            page_faults: 0,
         }
     }
 }

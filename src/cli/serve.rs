@@ -19,7 +19,7 @@ use crate::reaper::reap;
 use crate::reconciler::Reconciler;
 use crate::runtime::{LayerState, Limit, SharedRuntime};
 use crate::server::auth::Auth;
-use crate::server::{BodyRoom, Server, Settings, State};
+use crate::server::{AuditFile, BodyRoom, Server, Settings, State};
 use crate::session::Sessions;
 
 pub(super) async fn serve(config: Config) -> Result<ExitCode, Failure> {
@@ -69,13 +69,14 @@ impl Signals {
 /// The server, and what goes on beside it.
 async fn start(config: &Config) -> Result<(Server, JoinSet<()>), Failure> {
     let auth = watched_auth(config)?;
+    let metrics = Arc::new(Metrics::new());
+    let audit = audit_file(config, &metrics)?;
     // Before anything else: a second server must not take over the sandboxes of the one that is there.
     let listener = TcpListener::bind(config.listen).await.map_err(|error| {
         format!("cannot listen on {}: {error} (configuration key listen, or --listen)", config.listen)
     })?;
     let runtime = start_runtime(config).await?;
     let (findings, unenforced) = prove(&runtime, config).await?;
-    let metrics = Arc::new(Metrics::new());
     let left = runtime.list().await?; // by an earlier server: before there is a pool, whose own would be among them
     let pool = Pool::new(runtime, pool_settings(config, caps(config, &unenforced)), metrics.clone());
     let sessions = Sessions::new(pool, session_settings(config), metrics.clone());
@@ -85,7 +86,7 @@ async fn start(config: &Config) -> Result<(Server, JoinSet<()>), Failure> {
     background.spawn(reap(sessions.clone()));
     background.spawn(reconciler.run());
     let room = BodyRoom::new(settings.bodies_bytes);
-    let server = Server::new(listener, State { room, settings, sessions, auth, metrics });
+    let server = Server::new(listener, State { room, settings, sessions, auth, audit, metrics });
     tracing::info!(
         "listening on http://{}, driver {}, Python {}",
         server.address()?,
@@ -116,6 +117,25 @@ fn watched_auth(config: &Config) -> Result<watch::Receiver<Auth>, Failure> {
     };
     tokio::spawn(reload); // as long as the program
     Ok(auth)
+}
+
+/// Where audit lines go, if anywhere. Opened again at SIGHUP: logrotate has moved the file away.
+fn audit_file(config: &Config, metrics: &Arc<Metrics>) -> Result<Option<AuditFile>, Failure> {
+    let path = &config.audit.file;
+    if path.as_os_str().is_empty() {
+        return Ok(None);
+    }
+    let file = AuditFile::open(path, metrics.clone())
+        .map_err(|error| format!("cannot open {}: {error} (configuration key audit.file)", path.display()))?;
+    let mut hangup = signal(SignalKind::hangup())?;
+    let moved = file.clone();
+    let reopen = async move {
+        while hangup.recv().await.is_some() {
+            moved.reopen().await;
+        }
+    };
+    tokio::spawn(reopen); // as long as the program
+    Ok(Some(file))
 }
 
 /// Fails where a protection is missing that nobody allowed to be; warns of those that somebody did.

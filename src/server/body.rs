@@ -41,7 +41,7 @@ pub(super) struct RunRequest<'a> {
 /// The fields, still unread, so that an error can name the one that is wrong.
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
-struct Fields<'a> {
+pub(super) struct Fields<'a> {
     #[serde(borrow)]
     user_id: Option<&'a RawValue>,
     #[serde(borrow)]

@@ -21,7 +21,7 @@ pub(super) enum Error {
     #[error("there is no session of this user_id")]
     NoSession,
     #[error("this path takes {0}")]
-    MethodNotAllowed(&'static str),
+    MethodNotAllowed(String),
     #[error("the body took longer than {0:?} to come")]
     RequestTimeout(Duration),
     #[error("{what} must not be longer than {limit} bytes")]

@@ -91,8 +91,7 @@ pub(super) async fn serve(
             open(Missing::Refuse).await?.remove(&path).await?;
             Ok(empty(StatusCode::NO_CONTENT))
         }
-        _ if path.is_empty() => Err(Error::MethodNotAllowed("GET, HEAD, PUT")),
-        _ => Err(Error::MethodNotAllowed("GET, HEAD, PUT, DELETE")),
+        _ => Err(Error::NotFound), // the routes let no other in
     }
 }
 

@@ -12,34 +12,35 @@ use serde::Serialize;
 use serde_json::value::RawValue;
 
 use super::State;
+use super::audit::Entry;
 use super::body::{RunRequest, check_user_id};
 use super::error::Error;
-use super::route::{Answer, json, json_bytes};
+use super::route::{Answer, json, json_bytes, request_id};
 use super::stream_body::Body;
 use crate::session::{Done, Owner, Timing};
 use crate::supervisor::{Artifact, ErrorDetail, Field, Run, Teller};
 
 /// The answer to a run; what has nothing to say is absent.
 #[derive(Serialize)]
-struct RunAnswer<'a> {
+pub(super) struct RunAnswer<'a> {
     #[serde(skip_serializing_if = "Option::is_none")]
-    error: Option<String>,
+    pub(super) error: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
-    error_detail: Option<&'a ErrorDetail>,
-    result: Option<&'a RawValue>,
-    workspace_files: &'a [String],
+    pub(super) error_detail: Option<&'a ErrorDetail>,
+    pub(super) result: Option<&'a RawValue>,
+    pub(super) workspace_files: &'a [String],
     #[serde(skip_serializing_if = "str::is_empty")]
-    stdout: &'a str,
+    pub(super) stdout: &'a str,
     #[serde(skip_serializing_if = "str::is_empty")]
-    stderr: &'a str,
+    pub(super) stderr: &'a str,
     #[serde(skip_serializing_if = "<[_]>::is_empty")]
-    artifacts: &'a [Artifact],
+    pub(super) artifacts: &'a [Artifact],
     #[serde(skip_serializing_if = "BTreeMap::is_empty")]
-    display: &'a BTreeMap<String, String>,
+    pub(super) display: &'a BTreeMap<String, String>,
     #[serde(skip_serializing_if = "<[_]>::is_empty")]
-    truncated: &'a [Field],
+    pub(super) truncated: &'a [Field],
     #[serde(skip_serializing_if = "Option::is_none")]
-    session: Option<&'static str>,
+    pub(super) session: Option<&'static str>,
 }
 
 impl<'a> From<&'a Done> for RunAnswer<'a> {
@@ -55,6 +56,8 @@ impl<'a> From<&'a Done> for RunAnswer<'a> {
             kernel_lost,
             lost,
             timing: _,
+            cpu: _,
+            page_faults: _,
         } = done;
         RunAnswer {
             error: outcome.as_ref().err().map(ErrorDetail::message),
@@ -85,11 +88,15 @@ pub(super) async fn answer(
     teller: Option<&Teller>,
 ) -> Result<Answered, Error> {
     check_content_type(request.headers())?;
+    let id = request_id(request.headers());
     let (body, _room) = state.room.read(request.into_body(), &state.settings).await?;
-    let RunRequest { user_id, code, data, stdin, timeout, mode, narrowed } =
-        RunRequest::parse(&body, &state.settings)?;
+    let asked = RunRequest::parse(&body, &state.settings)?;
+    let mut audited = Entry::new(state, tenant, &id, &asked);
+    let RunRequest { user_id, code, data, stdin, timeout, mode, narrowed } = asked;
     let run = Run { data, stdin: &stdin, mode, narrowed, teller, ..Run::new(&code, timeout) };
-    let done = state.sessions.run(Owner { tenant, user_id: &user_id }, &run).await?;
+    let done = state.sessions.run(Owner { tenant, user_id: &user_id }, &run).await.map_err(Error::from);
+    audited.conclude(done.as_ref());
+    let done = done?;
     let answer = serde_json::to_string(&RunAnswer::from(&done)).expect("texts and JSON texts are JSON");
     Ok(Answered { answer, timing: done.timing })
 }

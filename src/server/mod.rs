@@ -1,5 +1,7 @@
 //! Floor 6: HTTP in, JSON out. Knows sessions, and no engine.
 
+pub mod audit;
+mod audit_file;
 pub mod auth;
 mod body;
 mod body_room;
@@ -7,6 +9,7 @@ mod error;
 mod file_headers;
 mod files;
 mod handlers;
+mod openapi;
 mod route;
 mod stream;
 mod stream_body;
@@ -29,6 +32,7 @@ use tokio_io_timeout::TimeoutStream;
 
 use crate::metrics::{Counted, Metrics};
 use crate::session::Sessions;
+pub use audit_file::AuditFile;
 use auth::Auth;
 pub use body_room::BodyRoom;
 
@@ -89,6 +93,8 @@ pub struct State {
     pub sessions: Sessions,
     /// Who may come in; its sender may change it at any time.
     pub auth: watch::Receiver<Auth>,
+    /// Where audit lines go, if anywhere.
+    pub audit: Option<AuditFile>,
     /// Room for bodies.
     pub room: BodyRoom,
     /// What is counted.
@@ -141,6 +147,10 @@ impl Server {
             tokio::join!(state.sessions.drain(deadline), tokio::time::timeout_at(deadline, ended));
         if ended.is_err() {
             tracing::warn!(connections = connections.len(), "cut off what did not end in time");
+            connections.shutdown().await;
+        }
+        if let Some(audit) = &state.audit {
+            audit.close().await; // after the last run: what was cut off has its line, too
         }
     }
 }

@@ -11,7 +11,7 @@ use tracing::Instrument;
 
 use super::error::Error;
 use super::stream_body::Body;
-use super::{State, files, handlers, stream};
+use super::{State, files, handlers, openapi, stream};
 
 pub(super) type Answer = Response<Body>;
 
@@ -21,8 +21,9 @@ const JSON: HeaderValue = HeaderValue::from_static("application/json");
 const REQUEST_ID_BYTES: usize = 128;
 
 /// Every request gets an answer, with its id in it and in each line of the log.
-pub(super) async fn answer(state: &Arc<State>, request: Request<Incoming>) -> Answer {
+pub(super) async fn answer(state: &Arc<State>, mut request: Request<Incoming>) -> Answer {
     let id = request_id(request.headers());
+    request.headers_mut().insert(REQUEST_ID, id.clone()); // from here on each has one
     let span = tracing::info_span!("request", id = id.to_str().unwrap_or_default());
     let mut response = respond(state, request).instrument(span).await;
     response.headers_mut().insert(REQUEST_ID, id);
@@ -47,44 +48,107 @@ async fn respond(state: &Arc<State>, request: Request<Incoming>) -> Answer {
 
 async fn route(state: &Arc<State>, request: Request<Incoming>) -> Result<Answer, Error> {
     let path = request.uri().path().to_owned();
-    let mut parts = path.splitn(4, '/').skip(1);
-    let parts = (parts.next().unwrap_or_default(), parts.next(), parts.next());
-    let method = if request.method() == Method::HEAD { &Method::GET } else { request.method() };
-    match (parts, method) {
-        (("healthz", None, None), &Method::GET) => Ok(json(&serde_json::json!({"status": "ok"}))),
-        (("readyz", None, None), &Method::GET) => handlers::ready(state),
-        (("metrics", None, None), &Method::GET) => Ok(handlers::metrics(state)),
-        (("capabilities", None, None), &Method::GET) => {
-            tenant(state, request.headers())?;
-            Ok(json_bytes(state.settings.capabilities.clone()))
-        }
-        (("run", None, None), &Method::POST) => {
-            let tenant = tenant(state, request.headers())?;
-            match stream::is_wanted(request.headers()) {
-                true => stream::run(state.clone(), tenant, request).await,
-                false => handlers::run(state, &tenant, request).await,
-            }
-        }
-        (("sessions", Some(user_id), None), &Method::GET) => {
-            handlers::describe_session(state, &tenant(state, request.headers())?, user_id)
-        }
-        (("sessions", Some(user_id), None), &Method::DELETE) => {
-            handlers::delete_session(state, &tenant(state, request.headers())?, user_id).await
-        }
-        (("sessions", Some(user_id), Some("interrupt")), &Method::POST) => {
-            handlers::interrupt(state, &tenant(state, request.headers())?, user_id)
-        }
-        (("sessions", Some(_), Some("interrupt")), _) => Err(Error::MethodNotAllowed("POST")),
-        (("sessions", Some(user_id), Some(rest)), _) if rest == "files" || rest.starts_with("files/") => {
-            files::serve(state, &tenant(state, request.headers())?, user_id, rest, request).await
-        }
-        (("run", None, None), _) => Err(Error::MethodNotAllowed("POST")),
-        (("sessions", Some(_), None), _) => Err(Error::MethodNotAllowed("GET, HEAD, DELETE")),
-        (("healthz" | "readyz" | "metrics" | "capabilities", None, None), _) => {
-            Err(Error::MethodNotAllowed("GET, HEAD"))
-        }
-        _ => Err(Error::NotFound),
+    let (call, Parameters { user_id, rest }) = find(request.method(), &path)?;
+    let tenant = match call.is_open() {
+        true => Arc::default(),
+        false => tenant(state, request.headers())?,
+    };
+    match call {
+        Call::Run => match stream::is_wanted(request.headers()) {
+            true => stream::run(state.clone(), tenant, request).await,
+            false => handlers::run(state, &tenant, request).await,
+        },
+        Call::Interrupt => handlers::interrupt(state, &tenant, user_id),
+        Call::Files => files::serve(state, &tenant, user_id, rest, request).await,
+        Call::DescribeSession => handlers::describe_session(state, &tenant, user_id),
+        Call::DeleteSession => handlers::delete_session(state, &tenant, user_id).await,
+        Call::Health => Ok(json(&serde_json::json!({"status": "ok"}))),
+        Call::Readiness => handlers::ready(state),
+        Call::Metrics => Ok(handlers::metrics(state)),
+        Call::Capabilities => Ok(json_bytes(state.settings.capabilities.clone())),
+        Call::OpenApi => Ok(json_bytes(openapi::document())),
     }
+}
+
+/// What a request may ask for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Call {
+    Run,
+    DescribeSession,
+    DeleteSession,
+    Interrupt,
+    Files,
+    Health,
+    Readiness,
+    Metrics,
+    Capabilities,
+    OpenApi,
+}
+
+/// Every path and method that there is; `openapi.json` describes each of them. HEAD is answered wherever GET is.
+pub(super) static ROUTES: [(&str, Method, Call); 14] = [
+    ("/run", Method::POST, Call::Run),
+    ("/sessions/{user_id}", Method::GET, Call::DescribeSession),
+    ("/sessions/{user_id}", Method::DELETE, Call::DeleteSession),
+    ("/sessions/{user_id}/interrupt", Method::POST, Call::Interrupt),
+    ("/sessions/{user_id}/files", Method::GET, Call::Files),
+    ("/sessions/{user_id}/files", Method::PUT, Call::Files),
+    ("/sessions/{user_id}/files/{path}", Method::GET, Call::Files),
+    ("/sessions/{user_id}/files/{path}", Method::PUT, Call::Files),
+    ("/sessions/{user_id}/files/{path}", Method::DELETE, Call::Files),
+    ("/healthz", Method::GET, Call::Health),
+    ("/readyz", Method::GET, Call::Readiness),
+    ("/metrics", Method::GET, Call::Metrics),
+    ("/capabilities", Method::GET, Call::Capabilities),
+    ("/openapi.json", Method::GET, Call::OpenApi),
+];
+
+impl Call {
+    /// Whether it takes no key: it tells nothing of users.
+    pub(super) fn is_open(self) -> bool {
+        matches!(self, Call::Health | Call::Readiness | Call::Metrics | Call::OpenApi)
+    }
+}
+
+/// What stands in a path for its template's parameters; empty where it has none.
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
+struct Parameters<'p> {
+    user_id: &'p str,
+    /// From what follows it to the end.
+    rest: &'p str,
+}
+
+fn find<'p>(method: &Method, path: &'p str) -> Result<(Call, Parameters<'p>), Error> {
+    let method = if method == Method::HEAD { &Method::GET } else { method };
+    let mut allowed = Vec::new();
+    for (template, taken, call) in &ROUTES {
+        let Some(parameters) = fit(template, path) else { continue };
+        if taken == method {
+            return Ok((*call, parameters));
+        }
+        allowed.push(if taken == Method::GET { "GET, HEAD" } else { taken.as_str() });
+    }
+    match allowed.is_empty() {
+        true => Err(Error::NotFound),
+        false => Err(Error::MethodNotAllowed(allowed.join(", "))),
+    }
+}
+
+/// `{path}`, which comes last, is all that is left, slashes included.
+fn fit<'p>(template: &str, path: &'p str) -> Option<Parameters<'p>> {
+    let mut parameters = Parameters::default();
+    let mut left = Some(path);
+    for wanted in template.split('/') {
+        let (part, after) = left?.split_once('/').map_or((left?, None), |(part, after)| (part, Some(after)));
+        match wanted {
+            "{user_id}" => (parameters.user_id, parameters.rest) = (part, after.unwrap_or_default()),
+            "{path}" => return Some(parameters),
+            _ if wanted == part => {}
+            _ => return None,
+        }
+        left = after;
+    }
+    left.is_none().then_some(parameters)
 }
 
 fn tenant(state: &State, headers: &HeaderMap) -> Result<Arc<str>, Error> {
@@ -109,7 +173,7 @@ fn refuse(state: &State, error: &Error) -> Answer {
     *response.status_mut() = status;
     let headers = response.headers_mut();
     if let Error::MethodNotAllowed(allowed) = error {
-        headers.insert(ALLOW, HeaderValue::from_static(allowed));
+        headers.insert(ALLOW, HeaderValue::from_str(allowed).expect("methods are ASCII words"));
     }
     if let Some(seconds) = error.retry_after() {
         headers.insert(RETRY_AFTER, HeaderValue::from(seconds));
@@ -139,7 +203,7 @@ pub(super) fn refusal(state: &State, error: &Error) -> String {
 }
 
 /// The client's own id where it has a sound one, else a new one.
-fn request_id(headers: &HeaderMap) -> HeaderValue {
+pub(super) fn request_id(headers: &HeaderMap) -> HeaderValue {
     let sound = |value: &&HeaderValue| {
         (1..=REQUEST_ID_BYTES).contains(&value.len()) && value.as_bytes().iter().all(u8::is_ascii_graphic)
     };

@@ -108,6 +108,16 @@ pub enum Mode {
     Kernel,
 }
 
+impl Mode {
+    /// As in a request.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Mode::Fresh => "fresh",
+            Mode::Kernel => "kernel",
+        }
+    }
+}
+
 /// Less than the sandbox's limits, for one run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Narrowed {

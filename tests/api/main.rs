@@ -1,5 +1,6 @@
 //! The HTTP contract, on the real program over a real socket; what needs no Python, on the fake engine.
 
+mod audit;
 mod auth;
 mod command_line;
 mod files;
@@ -8,6 +9,7 @@ mod http;
 mod image;
 mod isolation;
 mod lifecycle;
+mod openapi;
 mod probe;
 mod sessions;
 mod simulation;
