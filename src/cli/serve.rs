@@ -6,7 +6,7 @@ use std::sync::Arc;
 use serde_json::json;
 use tokio::net::TcpListener;
 use tokio::signal::unix::{Signal, SignalKind, signal};
-use tokio::sync::{oneshot, watch};
+use tokio::sync::{Semaphore, oneshot, watch};
 use tokio::task::JoinSet;
 
 use super::engine::{only_one, start_runtime};
@@ -19,7 +19,7 @@ use crate::reaper::reap;
 use crate::reconciler::Reconciler;
 use crate::runtime::{LayerState, Limit, SharedRuntime};
 use crate::server::auth::Auth;
-use crate::server::{AuditFile, BodyRoom, Server, Settings, State};
+use crate::server::{AuditFile, BodyRoom, Server, Settings, State, WALKS};
 use crate::session::Sessions;
 
 pub(super) async fn serve(config: Config) -> Result<ExitCode, Failure> {
@@ -86,7 +86,8 @@ async fn start(config: &Config) -> Result<(Server, JoinSet<()>), Failure> {
     background.spawn(reap(sessions.clone()));
     background.spawn(reconciler.run());
     let room = BodyRoom::new(settings.bodies_bytes);
-    let server = Server::new(listener, State { room, settings, sessions, auth, audit, metrics });
+    let walks = Arc::new(Semaphore::new(WALKS));
+    let server = Server::new(listener, State { room, walks, settings, sessions, auth, audit, metrics });
     tracing::info!(
         "listening on http://{}, driver {}, Python {}",
         server.address()?,

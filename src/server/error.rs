@@ -40,7 +40,7 @@ pub(super) enum Error {
     Session(#[from] session::Error),
     #[error("{0}")]
     NotReady(&'static str),
-    #[error("too many large bodies at once")]
+    #[error("too many large bodies or listings at once")]
     Overloaded,
 }
 

@@ -14,13 +14,14 @@ use hyper::header::{
 use hyper::{HeaderMap, Method, Request, Response, StatusCode};
 use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, percent_decode_str, percent_encode};
 use serde::Serialize;
+use tokio::sync::OwnedSemaphorePermit;
 use tokio_util::io::StreamReader;
 
 use super::State;
 use super::error::Error;
 use super::file_headers::{self, Part};
 use super::handlers::decode;
-use super::route::{Answer, json};
+use super::route::Answer;
 use super::stream_body::Body;
 use super::tar::{self, Packer};
 use super::walk::{Found, Walk};
@@ -61,7 +62,7 @@ pub(super) async fn serve(
             let files = open(Missing::Refuse).await?;
             let wants_tar = is_tar(ACCEPT);
             if wants_tar && files.stat(&path).await?.kind == Kind::Directory {
-                return Ok(pack(state, files, &path));
+                return pack(state, files, &path);
             }
             get(files, &path, request.headers()).await
         }
@@ -152,13 +153,25 @@ impl From<Found> for Listed {
     }
 }
 
+/// The right to be one of `WALKS`, until the last byte is out.
+fn permit(state: &State) -> Result<OwnedSemaphorePermit, Error> {
+    state.walks.clone().try_acquire_owned().map_err(|_| Error::Overloaded)
+}
+
 async fn list(state: &State, files: Files) -> Result<Answer, Error> {
+    let permit = permit(state)?;
     let mut walk = Walk::new(files, &[], state.settings.files);
     let mut listed = Vec::new();
     while let Some(found) = walk.next().await? {
         listed.push(Listed::from(found));
     }
-    let mut response = json(&listed);
+    let text = serde_json::to_vec(&listed).expect("texts and numbers are JSON");
+    drop(listed);
+    let once = stream::unfold((Some(text), permit), |(text, permit)| async move {
+        Some((Ok::<_, std::convert::Infallible>(Bytes::from(text?)), (None, permit)))
+    });
+    let mut response = Response::new(Body::stream(once));
+    response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
     if walk.is_cut {
         state.metrics.capped.with_label_values(&["files"]).inc();
         response.headers_mut().insert(IS_CUT, HeaderValue::from_static("files"));
@@ -216,14 +229,14 @@ fn content(reader: Reader, from: u64, length: u64) -> Body {
     }))
 }
 
-fn pack(state: &State, files: Files, path: &[u8]) -> Answer {
-    let packer = Packer::new(files, path, state.settings.files);
+fn pack(state: &State, files: Files, path: &[u8]) -> Result<Answer, Error> {
+    let packer = (Packer::new(files, path, state.settings.files), permit(state)?);
     let mut response = Response::new(Body::stream(stream::try_unfold(packer, |mut packer| async move {
-        let bytes = packer.next().await?;
+        let bytes = packer.0.next().await?;
         Ok::<_, files::Error>(bytes.map(|bytes| (bytes, packer)))
     })));
     response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static(TAR));
-    response
+    Ok(response)
 }
 
 fn describe(headers: &mut HeaderMap, facts: &Facts) {

@@ -45,6 +45,8 @@ pub fn check_data(text: &str) -> Result<(), String> {
     body::check_data(raw).map(|_| ()).map_err(|error| error.to_string())
 }
 
+/// Listings and tars that may be on their way out at once.
+pub const WALKS: usize = 16;
 /// After a failed accept (no descriptor left, say): others may give one back meanwhile.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 /// What hyper reads of a request's line and headers before it answers 431: that much, and up to as much again
@@ -97,6 +99,8 @@ pub struct State {
     pub audit: Option<AuditFile>,
     /// Room for bodies.
     pub room: BodyRoom,
+    /// Room for listings and tars on their way out, each with up to some 10 MiB: `WALKS` of them.
+    pub walks: Arc<Semaphore>,
     /// What is counted.
     pub metrics: Arc<Metrics>,
 }

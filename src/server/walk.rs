@@ -10,7 +10,7 @@ use crate::supervisor::files::Entry;
 /// Directories in each other that are gone into: each holds a page of entries, of up to 64 KiB.
 const MOST_LEVELS: usize = 64;
 /// Bytes of all paths together.
-const PATHS_BYTES: usize = 8 << 20;
+const PATHS_BYTES: usize = 2 << 20;
 
 /// Each directory before what is in it, by the bytes of names.
 #[derive(Debug)]

@@ -20,6 +20,7 @@ behaviours! {
     a_full_workspace_is_told_with_what_is_left,
     a_directory_comes_and_goes_as_a_tar,
     a_tar_that_leads_out_is_refused,
+    times_and_mazes_that_a_program_makes_hold_up_nobody,
     without_a_session_there_are_no_files,
 }
 
@@ -293,7 +294,7 @@ fn a_tar_that_leads_out_is_refused(driver: &Driver) {
         def info(name, kind=tarfile.REGTYPE, link=''):\n i = tarfile.TarInfo(name); i.type = kind; i.linkname = link; return i\n\
         import os\nos.symlink('/tmp', 'tmp')\nos.makedirs('d')\n\
         bad = [info('/tmp/x'), info('../x'), info('a/../../x'), info('tmp/x'), info('l', tarfile.SYMTYPE, '/etc/passwd'),\n\
-        info('l', tarfile.SYMTYPE, '../x'), info('d/l', tarfile.SYMTYPE, '../../x'), info('h', tarfile.LNKTYPE, '/etc/passwd'),\n\
+        info('l', tarfile.SYMTYPE, '../x'), info('l', tarfile.SYMTYPE, 'd/../x'), info('d/l', tarfile.SYMTYPE, '../../x'), info('h', tarfile.LNKTYPE, '/etc/passwd'),\n\
         info('h', tarfile.LNKTYPE, '../x'), info('c', tarfile.CHRTYPE), info('b', tarfile.BLKTYPE), info('p', tarfile.FIFOTYPE)]\n\
         for number, member in enumerate(bad): make(f'/workspace/d/{number}.tar', member)\nresult = [i.name for i in bad]";
     let names = server.run(&u, code)["result"].as_array().unwrap().clone();
@@ -306,6 +307,26 @@ fn a_tar_that_leads_out_is_refused(driver: &Driver) {
     }
     assert_eq!(paths(&server, &u), before);
     assert_eq!(server.run(&u, "import os\nresult = os.listdir('/tmp')")["result"], json!([]));
+}
+
+fn times_and_mazes_that_a_program_makes_hold_up_nobody(driver: &Driver) {
+    let (server, u) = driver.server(&[]);
+    let maze = "import os\nopen('f', 'w').write('kept')\nos.utime('f', (1e11, 1e11))\n\
+                for _ in range(8000): os.mkdir('a'); os.chdir('a')\n\
+                os.symlink('../a/' * 800 + 's', 's')\nos.chdir('/workspace')\nd = os.open('.', os.O_RDONLY)\n\
+                for link in ['s', 'k1', 'k2', 'k3']:\n    \
+                    os.symlink('a/' * 2000 + ({'s': 'k1', 'k1': 'k2', 'k2': 'k3', 'k3': 's'})[link], link, dir_fd=d)\n    \
+                    for _ in range(2000):\n        e = os.open('a', os.O_RDONLY, dir_fd=d); os.close(d); d = e";
+    let made = server.run(&u, maze);
+    assert!(made.get("error").is_none(), "{made}");
+    let begun = Instant::now();
+    let (status, text) = server.get(&format!("{}/s", files(&u)));
+    assert_eq!(status, 400, "{text}");
+    assert!(begun.elapsed() < Duration::from_secs(5), "it gives up, and its deadline is not reached");
+    let (status, text) = server.get(&format!("{}/f", files(&u)));
+    assert_eq!((status, text.as_str()), (200, "kept"));
+    let answer = server.run(&u, "result = open('f').read()");
+    assert_eq!((&answer["result"], answer.get("session")), (&json!("kept"), None), "{answer}");
 }
 
 fn without_a_session_there_are_no_files(driver: &Driver) {
