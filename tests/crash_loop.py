@@ -7,7 +7,8 @@ In each round users write unique ids into a file of their workspace, by runs tha
 until the server gets SIGKILL, at a random moment. The lives after it may be killed, too, while they start or recover.
 Then:
 
-- The first run of an existing user is answered within 5 s of the start.
+- The first run of an existing user is answered within 5 s of the start: of the time that this machine's host left it,
+  since an engine is all processes, and a host that is short of cores takes more than half of them away here.
 - Every id that was acknowledged is there, once; every other one once at most, and never later than the next answer; no
   id of another user, nor, with the embedded driver, whose sandboxes end with the server, of an earlier life.
 - Within 60 s there is one sandbox for each session, the pool, and nothing else: no container, process or control group.
@@ -94,6 +95,12 @@ class Engine:
             for identity in found:
                 self.call("DELETE", "/containers/%s?force=true&v=true&timeout=0" % identity)
             time.sleep(2)  # an engine ends what it has begun, though the server that asked for it is dead
+
+
+def stolen_seconds():
+    """Since the boot, of each core on average: the host ran somebody else where this machine had work to do."""
+    with open("/proc/stat") as stat:
+        return int(stat.readline().split()[8]) / os.sysconf("SC_CLK_TCK") / os.cpu_count()
 
 
 def processes():
@@ -353,12 +360,13 @@ class Loop:
             self.live(rng, users, rng.uniform(0, 4))
 
     def come_back(self, rng, users):
+        stolen = stolen_seconds()
         self.server.start()
         rng.choice(self.users).insist()
-        took = time.monotonic() - self.server.begun
+        took, stolen = time.monotonic() - self.server.begun, stolen_seconds() - stolen
         self.tally.first_answers.append(took)
-        if took > FIRST_ANSWER_S:
-            self.tally.violation("first answer after %.2f s" % took)
+        if took - stolen > FIRST_ANSWER_S:
+            self.tally.violation("first answer after %.2f s, %.2f s of them stolen by the host" % (took, stolen))
         self.server.steady = True
         list(self.threads.map(User.insist, users))
 
