@@ -2,7 +2,7 @@
 
 pub mod fake;
 pub mod files;
-mod protocol;
+pub mod protocol;
 mod report;
 mod teller;
 

@@ -30,28 +30,39 @@ pub(super) const HEADER_BYTES: usize = 13;
 
 /// The kinds that the server sends.
 #[derive(Debug, Clone, Copy)]
-pub(super) enum Request {
+pub enum Request {
+    /// Who is there?
     Hello = 1,
+    /// Run this.
     Run = 2,
+    /// Interrupt the run that goes on.
     Interrupt = 3,
+    /// Do something with a file.
     File = 4,
 }
 
 /// The kinds that a supervisor sends.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Answer {
+pub enum Answer {
+    /// What the supervisor is.
     Hello = 129,
+    /// The end of a run.
     Done = 130,
+    /// What a run has just printed.
     Output = 131,
+    /// How it went with a file.
     File = 132,
 }
 
 /// A frame from a supervisor.
 #[derive(Debug)]
-pub(super) struct Frame {
-    pub(super) nonce: u64,
-    pub(super) kind: Answer,
-    pub(super) payload: Bytes,
+pub struct Frame {
+    /// Of the request that it answers.
+    pub nonce: u64,
+    /// What it is.
+    pub kind: Answer,
+    /// Its sections.
+    pub payload: Bytes,
 }
 
 /// Why what a supervisor sent is no frame of ours.
@@ -75,7 +86,7 @@ pub enum Violation {
 }
 
 /// Writes a frame at the end of `buffer`.
-pub(super) fn encode(buffer: &mut Vec<u8>, nonce: u64, kind: Request, sections: &[&[u8]]) {
+pub fn encode(buffer: &mut Vec<u8>, nonce: u64, kind: Request, sections: &[&[u8]]) {
     let length: usize = sections.iter().map(|section| 4 + section.len()).sum();
     buffer.reserve(HEADER_BYTES + length);
     buffer.extend_from_slice(&nonce.to_be_bytes());
@@ -99,7 +110,10 @@ pub(super) fn mark(nonce: u64, kind: Answer) -> [u8; 9] {
 }
 
 /// Takes the next frame from `buffer` where it is there as a whole. Looks at no byte that it did not bound.
-pub(super) fn decode(buffer: &mut BytesMut, longest: usize) -> Result<Option<Frame>, Violation> {
+///
+/// # Errors
+/// What is no frame of ours, or has a payload of more than `longest` bytes.
+pub fn decode(buffer: &mut BytesMut, longest: usize) -> Result<Option<Frame>, Violation> {
     let Some(header) = buffer.first_chunk::<HEADER_BYTES>() else { return Ok(None) };
     let mut header = &header[..];
     let nonce = header.get_u64();
@@ -123,7 +137,10 @@ pub(super) fn decode(buffer: &mut BytesMut, longest: usize) -> Result<Option<Fra
 }
 
 /// The `N` sections of a payload, no more and no fewer.
-pub(super) fn sections<const N: usize>(mut payload: Bytes) -> Result<[Bytes; N], Violation> {
+///
+/// # Errors
+/// `Sections` where they do not fit.
+pub fn sections<const N: usize>(mut payload: Bytes) -> Result<[Bytes; N], Violation> {
     let mut sections = [const { Bytes::new() }; N];
     for section in &mut sections {
         if payload.len() < 4 {

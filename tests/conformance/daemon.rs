@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use serde_json::json;
 
 use crate::drivers::Driver;
+use crate::engine::Engine;
 use crate::support::eventually;
 use crate::trouble::{House, sleeping};
 
@@ -19,8 +20,14 @@ behaviours! {
     a_daemon_that_is_killed_and_started_again,
 }
 
+/// Whether a driver's daemon may be stopped and killed.
+pub(crate) fn is_ours(name: &str) -> bool {
+    Engine::named_by(&format!("TEST_{}_HOST", name.to_uppercase()))
+        .is_ok_and(|engine| may_die(engine.socket()))
+}
+
 /// Whether the engine at that socket is there to be killed.
-pub(crate) fn may_die(socket: &Path) -> bool {
+fn may_die(socket: &Path) -> bool {
     std::env::var_os("TEST_ENGINES_TO_KILL")
         .is_some_and(|directory| !directory.is_empty() && socket.starts_with(directory))
 }

@@ -278,12 +278,6 @@ impl Drop for Driver {
     }
 }
 
-/// Whether its daemon may be stopped and killed: see `daemon`.
-pub(crate) fn may_die(name: &str) -> bool {
-    let engine = Engine::named_by(&format!("TEST_{}_HOST", name.to_uppercase()));
-    engine.is_ok_and(|engine| crate::daemon::may_die(engine.socket()))
-}
-
 /// More of the same engine: another version of it, or set up in another way.
 pub(crate) fn is_a_variant(name: &str) -> bool {
     ["podman_stdin", "podman5", "docker26"].contains(&name)

@@ -72,7 +72,7 @@ fn behaviours_of(name: &str) -> Vec<Behaviour> {
             [fates::behaviours(), pythons::behaviours(), recovery::behaviours(), trouble::behaviours()];
         all.extend(parts.concat());
     }
-    if drivers::may_die(name) {
+    if daemon::is_ours(name) {
         all.extend(daemon::behaviours());
     }
     all.extend(runtime::behaviours());

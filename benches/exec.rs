@@ -1,0 +1,81 @@
+//! A warm run over HTTP, from a client's request to its answer, on every driver that is there.
+//!
+//! `tests/engines.sh run cargo bench --bench exec` has Docker and Podman, too; an absent driver is told.
+
+use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
+use serde_json::{Value, json};
+
+// The suite's own way to start a server of each driver.
+#[allow(dead_code)]
+#[path = "../tests/conformance/drivers.rs"]
+mod drivers;
+#[allow(dead_code)]
+#[path = "../tests/conformance/engine.rs"]
+mod engine;
+#[allow(dead_code)]
+#[path = "../tests/api/support.rs"]
+mod support;
+
+#[path = "support/mod.rs"]
+mod bench;
+
+use bench::Client;
+use drivers::Driver;
+
+const DRIVERS: [&str; 3] = ["embedded", "docker", "podman"];
+const SIZES: [usize; 3] = [10, 10 << 10, 1 << 20];
+/// Room for the largest payload.
+const FLAGS: [&str; 8] = [
+    "--set",
+    "limits.code=2MiB",
+    "--set",
+    "limits.result=2MiB",
+    "--set",
+    "limits.stdout=2MiB",
+    "--set",
+    "limits.stderr=2MiB",
+];
+
+/// A run that moves so many bytes by each way, in turn.
+fn payloads(size: usize) -> [(&'static str, Value); 4] {
+    let text = "x".repeat(size);
+    [
+        ("code", json!({"code": format!("result = 3 #{text}")})),
+        ("data", json!({"code": "result = len(text)", "data": {"text": text}})),
+        ("result", json!({"code": format!("result = 'x' * {size}")})),
+        ("stdout", json!({"code": format!("print('x' * {size})")})),
+    ]
+}
+
+fn warm_runs(criterion: &mut Criterion) {
+    for name in DRIVERS {
+        let driver = match Driver::find(name) {
+            Ok(driver) => driver,
+            Err(why) => {
+                eprintln!("exec/{name}: not measured: {why}");
+                continue;
+            }
+        };
+        let server = driver.own(&FLAGS);
+        let address = server.address.parse().expect("the server told its address");
+        let mut group = criterion.benchmark_group(format!("exec/{name}"));
+        let mut measure = |id: BenchmarkId, bytes: usize, fields: Value| {
+            let mut client = Client::new(address, "bench", fields);
+            client.run(); // the session's first run is another thing
+            group.throughput(Throughput::Bytes(bytes as u64));
+            group.bench_function(id, |bencher| bencher.iter(|| client.run().len()));
+        };
+        for mode in ["fresh", "kernel"] {
+            let fields = json!({"code": "result = x + y", "data": {"x": 1, "y": 2}, "mode": mode});
+            measure(BenchmarkId::from_parameter(mode), 0, fields);
+        }
+        for size in SIZES {
+            for (what, fields) in payloads(size) {
+                measure(BenchmarkId::new(what, size), size, fields);
+            }
+        }
+    }
+}
+
+criterion_group!(benches, warm_runs);
+criterion_main!(benches);

@@ -1,0 +1,44 @@
+#!/usr/bin/env bash
+# Our own share of a run in instructions, which repeat where times do not, held against benches/instructions.txt.
+#
+#     benches/instructions.sh [--write]
+#
+# Counted by callgrind: server and client on the fake engine, in one program. The start is not in it: what a long life
+# costs more than a short one is divided by the requests that it has more. Exits with 1 where that is more than MARGIN
+# per cent above the committed figure, and tells where it is as much below. --write commits to what was counted.
+# Needs valgrind (Debian: valgrind). An unoptimised build: CI has one, and what grows in it grows in the other.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+FEW=500 MANY=1500 MARGIN=5
+FIGURE=benches/instructions.txt
+place=$(mktemp -d)
+trap 'rm -rf "$place"' EXIT
+
+program=$(cargo build --locked --bench dispatch --message-format=json 2>"$place/build" |
+    sed -n 's/.*"name":"dispatch".*"executable":"\([^"]*\)".*/\1/p') || { cat "$place/build" >&2; exit 1; }
+
+# The sum over all threads.
+count() {
+    valgrind --tool=callgrind --callgrind-out-file="$place/out.$1" "$program" --requests "$1" 2>"$place/log.$1" ||
+        { cat "$place/log.$1" >&2; exit 1; }
+    sed -n 's/^\(summary\|totals\): //p' "$place/out.$1" | tail -1
+}
+
+few=$(count $FEW)
+many=$(count $MANY)
+now=$(((many - few) / (MANY - FEW)))
+if [ "${1:-}" = --write ]; then
+    echo "$now" >$FIGURE
+    echo "$now instructions a run: written to $FIGURE"
+    exit
+fi
+committed=$(cat $FIGURE)
+change=$(((now - committed) * 1000 / committed))
+echo "$now instructions a run, $committed committed: $((change / 10)).$((${change#-} % 10)) % more"
+if ((now * 100 > committed * (100 + MARGIN))); then
+    echo "a run costs more than it did. If it has to: benches/instructions.sh --write, and say why in the commit" >&2
+    exit 1
+elif ((now * 100 < committed * (100 - MARGIN))); then
+    echo "a run costs less than it did: benches/instructions.sh --write keeps it so" >&2
+fi
