@@ -54,6 +54,9 @@ ARTIFACT_BYTES = 100  # of each, beside its content
 LOOK_AGAIN_S = 0.25  # whether a kernel is dead whose end of the pipe a fork of it holds open
 MOST_STEPS = 20_000  # into directories, on the way to one place: a tenth of a second
 ATTEMPTS = 3  # to begin a run, before the sandbox is given up
+LEAVE_S = 1.0  # from a run's answer to the end of its process, which has nothing to do but to exit
+LONE_S = 0.05  # a run that takes longer may have gone through all pids, and be at the same one again
+LEAST_PIDS = 32768  # before they begin anew
 REAP_S = 5.0  # a process that outlives SIGKILL by this much condemns the sandbox
 LISTING_BYTES = 512 * 1024  # a name may be 255 bytes of escapes, so lines alone are no bound
 
@@ -824,8 +827,11 @@ class Forker:
         except OSError:
             pass  # it is dead, and noticed
 
-    def ended(self):
-        """How the last interpreter ended: wait status, CPU time, page faults; None where the forker is dead."""
+    def ended(self, patience=None):
+        """How the last interpreter ended: wait status, CPU time, page faults; None where the forker is dead, or slower
+        than it may be."""
+        if patience and not select.select([self.fd], [], [], patience)[0]:
+            return None
         try:
             data = self.socket.recv(ENDED.size)
         except ConnectionResetError:
@@ -1015,6 +1021,8 @@ class FreshRun(Run):
 
     def __init__(self, supervisor, nonce, options, interpreter):
         super().__init__(supervisor, nonce, options, interpreter.pid)
+        self.begun, self.wanted = time.monotonic(), None
+        self.is_leaving = False
         self.out = Capture(interpreter.out, self.cap("stdout"), self.teller(b"\1"))
         self.err = Capture(interpreter.err, self.cap("stderr"), self.teller(b"\2"))
         self.result = Capture(interpreter.result, self.result_cap())
@@ -1024,6 +1032,28 @@ class FreshRun(Run):
         """A kernel's as well, whose threads go on."""
         kernel = self.supervisor.kernel
         return super().captures() + ((kernel.out, kernel.err) if kernel else ())
+
+    def heard(self, more):
+        """An outcome that is whole is answered ahead of the end of its process, which takes longer than most runs.
+
+        Only of a run that started nobody: what its children print or use is not known before they have ended.
+        """
+        if self.wanted is None and self.result.size >= OUTCOME.size:
+            kind, length, extras = OUTCOME.unpack_from(self.result.bytes())
+            self.wanted = OUTCOME.size + length + extras if kind in (RESULT, ERROR) else sys.maxsize
+        whole = self.wanted is not None and self.result.size >= self.wanted
+        if whole and self.status is None and not self.why and self.is_alone():
+            self.is_leaving, self.status = True, 0
+            self.cpu_us = int((cpu_time(self.pid) or 0) * 1e6)
+            self.page_faults = page_faults(self.pid)
+
+    def end(self, ended):
+        self.is_leaving = False
+        super().end(ended)
+
+    def is_alone(self):
+        """Whether no process and no thread was started since this one: pids go up by one."""
+        return time.monotonic() < self.begun + LONE_S and self.pid == last_pid()
 
 
 class KernelRun(Run):
@@ -1169,6 +1199,30 @@ def cpu_time(pid):
         return time.clock_gettime(~pid << 3 | 2)  # the clock that clock_getcpuclockid(3) names
     except OSError:
         return None
+
+
+def open_load():
+    """/proc/loadavg, which ends with the pid that this namespace gave last; None where it does not, or they are few."""
+    try:
+        with open("/proc/sys/kernel/pid_max", "rb", 0) as file:
+            if int(file.read()) < LEAST_PIDS:
+                return None
+        return os.open("/proc/loadavg", os.O_RDONLY | os.O_CLOEXEC)
+    except (OSError, ValueError):
+        return None
+
+
+def last_pid():
+    return int(os.pread(LOAD, 64, 0).rpartition(b" ")[2]) if LOAD is not None else NOTHING
+
+
+def page_faults(pid):
+    """Minor ones; 0 where the process is gone."""
+    try:
+        with open("/proc/%d/stat" % pid, "rb", 0) as file:
+            return int(file.read().rpartition(b")")[2].split(None, 8)[7])
+    except (OSError, IndexError):
+        return 0
 
 
 def stat_of(pid):
@@ -1350,12 +1404,20 @@ class Supervisor:
         run = FreshRun(self, nonce, options, interpreter)
         run.wait()
         spent = time.monotonic() - begun
-        if run.forker_died or MODE == BESIDE:
-            self.fork_anew()
+        if not run.is_leaving:
+            self.clear_up(run)
         run.drain()
         send(nonce, DONE, *self.answer(run, spent))
         interpreter.close()
+        if run.is_leaving:
+            run.end(self.forker.ended(LEAVE_S))
+            self.clear_up(run)
         self.waiting = self.next_interpreter()  # at once: descriptors under way count against a user of the host
+
+    def clear_up(self, run):
+        """After the end of its process: the forker has killed what it left behind, or is to be killed with it."""
+        if run.forker_died or MODE == BESIDE:
+            self.fork_anew()
 
     def run_in_kernel(self, nonce, options, task):
         collect()
@@ -2101,6 +2163,7 @@ def main():
 
 
 MODE = sys.argv[1] if len(sys.argv) > 1 else ""
+LOAD = open_load()
 USERS, GROUPS = names_of("/etc/passwd"), names_of("/etc/group")
 USERS[os.getuid()] = GROUPS[os.getgid()] = "sandbox"  # whatever the image or the engine calls us
 main()

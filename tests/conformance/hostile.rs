@@ -285,6 +285,12 @@ fn forgeries() -> Vec<Program> {
             Gives("1"),
             "os.write(result_pipe(), bytes([RESULT, 0, 0, 0, 1, 0, 0, 0, 0]) + b'1'); result = 2",
         ),
+        // Where it was quick it is over with its answer, whatever it goes on to do: the next run comes after its end.
+        program(
+            "a_result_and_then_work_without_end",
+            OneOf(&["ok", "timeout"]),
+            "os.write(result_pipe(), bytes([RESULT, 0, 0, 0, 1, 0, 0, 0, 0]) + b'1')\nwhile True: pass",
+        ),
         program("half_a_frame", Kind("exited"), "forge(RESULT, b'[1', 3)"),
         program("half_a_header", Kind("exited"), "os.write(result_pipe(), bytes([RESULT, 0])); os._exit(0)"),
         program("a_frame_of_4_gib", Kind("exited"), "forge(RESULT, b'1', 0xffffffff)"),
