@@ -34,7 +34,10 @@ def prefork():
     pid = os.fork()
     if pid == 0:
         os.close(task_write)
-        result = run(os.read(task_read, 1 << 20).decode())
+        line = os.read(task_read, 1 << 20)
+        if not line:  # the end, without a task
+            os._exit(0)
+        result = run(line.decode())
         os.write(result_write, result)
         os._exit(0)
     os.close(task_read)
