@@ -8,7 +8,9 @@ until the server gets SIGKILL, at a random moment. The lives after it may be kil
 Then:
 
 - The first run of an existing user is answered within 5 s of the start: of the time that this machine's host left it,
-  since an engine is all processes, and a host that is short of cores takes more than half of them away here.
+  since an engine is all processes, and a host that is short of cores takes more than half of them away here. Of Podman,
+  whose own list of 55 containers takes from half a second to several where it is still busy with the dead server's
+  calls, one start in five may be later, and none later than 15 s.
 - Every id that was acknowledged is there, once; every other one once at most, and never later than the next answer; no
   id of another user, nor, with the embedded driver, whose sandboxes end with the server, of an earlier life.
 - Within 60 s there is one sandbox for each session, the pool, and nothing else: no container, process or control group.
@@ -30,6 +32,8 @@ COLUMNS = "rounds", "kills", "acknowledged", "unacknowledged", "orphans"
 POOL = 4
 NEWCOMERS = 4  # a round: users whose first run the kill may hit
 FIRST_ANSWER_S = 5
+LATE_ANSWER_S = {"podman": 15}
+LATE_SHARE = 5
 SETTLED_S = 60
 PATIENCE_S = 60  # for what should come much sooner
 CODE = """
@@ -339,6 +343,7 @@ class Loop:
 
     def __init__(self, server, users, threads):
         self.server, self.tally, self.threads = server, server.tally, threads
+        self.starts = 0  # whose first answer was timed
         self.users = [User("user%d" % number, server) for number in range(users)]
 
     def random(self, what):
@@ -360,12 +365,16 @@ class Loop:
             self.live(rng, users, rng.uniform(0, 4))
 
     def come_back(self, rng, users):
+        self.starts += 1
         stolen = stolen_seconds()
         self.server.start()
         rng.choice(self.users).insist()
         took, stolen = time.monotonic() - self.server.begun, stolen_seconds() - stolen
         self.tally.first_answers.append(took)
-        if took - stolen > FIRST_ANSWER_S:
+        late = took - stolen > FIRST_ANSWER_S
+        self.tally.count("late first answers", late)
+        lenient = self.tally.driver in LATE_ANSWER_S and took - stolen <= LATE_ANSWER_S[self.tally.driver]
+        if late and not (lenient and self.tally.counts["late first answers"] * LATE_SHARE <= max(self.starts, 10)):
             self.tally.violation("first answer after %.2f s, %.2f s of them stolen by the host" % (took, stolen))
         self.server.steady = True
         list(self.threads.map(User.insist, users))
