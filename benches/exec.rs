@@ -18,11 +18,12 @@ mod support;
 
 #[path = "support/mod.rs"]
 mod bench;
+#[path = "support/drivers_there.rs"]
+mod drivers_there;
 
 use bench::Client;
-use drivers::Driver;
+use drivers_there::drivers_there;
 
-const DRIVERS: [&str; 3] = ["embedded", "docker", "podman"];
 const SIZES: [usize; 3] = [10, 10 << 10, 1 << 20];
 /// Room for the largest payload.
 const FLAGS: [&str; 8] = [
@@ -48,17 +49,10 @@ fn payloads(size: usize) -> [(&'static str, Value); 4] {
 }
 
 fn warm_runs(criterion: &mut Criterion) {
-    for name in DRIVERS {
-        let driver = match Driver::find(name) {
-            Ok(driver) => driver,
-            Err(why) => {
-                eprintln!("exec/{name}: not measured: {why}");
-                continue;
-            }
-        };
+    for driver in drivers_there("exec") {
         let server = driver.own(&FLAGS);
         let address = server.address.parse().expect("the server told its address");
-        let mut group = criterion.benchmark_group(format!("exec/{name}"));
+        let mut group = criterion.benchmark_group(format!("exec/{}", driver.name));
         let mut measure = |id: BenchmarkId, bytes: usize, fields: Value| {
             let mut client = Client::new(address, "bench", fields);
             client.run(); // the session's first run is another thing

@@ -22,10 +22,11 @@ mod support;
 
 #[path = "support/mod.rs"]
 mod bench;
+#[path = "support/drivers_there.rs"]
+mod drivers_there;
 
-use drivers::Driver;
+use drivers_there::drivers_there;
 
-const DRIVERS: [&str; 3] = ["embedded", "docker", "podman"];
 const PATIENCE: Duration = Duration::from_secs(30);
 
 /// One whole life, and what each part of it took.
@@ -57,16 +58,9 @@ async fn live(engine: &SharedRuntime) -> Life {
 
 fn lives(criterion: &mut Criterion) {
     let runtime = Runtime::new().expect("threads");
-    for name in DRIVERS {
-        let driver = match Driver::find(name) {
-            Ok(driver) => driver,
-            Err(why) => {
-                eprintln!("lifecycle/{name}: not measured: {why}");
-                continue;
-            }
-        };
+    for driver in drivers_there("lifecycle") {
         let engine = runtime.block_on(driver.runtime(&drivers::new_instance(), SOURCE));
-        let mut group = criterion.benchmark_group(format!("lifecycle/{name}"));
+        let mut group = criterion.benchmark_group(format!("lifecycle/{}", driver.name));
         group.sample_size(10).sampling_mode(SamplingMode::Flat).measurement_time(Duration::from_secs(3));
         type Part = fn(&Life) -> Duration;
         let parts: [(&str, Part); 3] =

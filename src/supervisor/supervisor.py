@@ -810,7 +810,7 @@ class Forker:
 
     def next(self, patience=None):
         """The interpreter that waits; None where the forker is dead, or slower than it may be."""
-        if patience and not select.select([self.fd], [], [], patience)[0]:
+        if self.is_silent(patience):
             return None
         try:
             data, ancillary, _, _ = self.socket.recvmsg(FORKED.size, _socket.CMSG_SPACE(DESCRIPTORS.size))
@@ -819,6 +819,10 @@ class Forker:
         if not data:
             return None
         return Interpreter(*FORKED.unpack(data), DESCRIPTORS.unpack(ancillary[0][2]))
+
+    def is_silent(self, patience):
+        """Whether it says nothing for that long; without a patience it is waited for."""
+        return patience and not select.select([self.fd], [], [], patience)[0]
 
     def spare(self, kernel):
         """At the end of the run that comes next."""
@@ -830,7 +834,7 @@ class Forker:
     def ended(self, patience=None):
         """How the last interpreter ended: wait status, CPU time, page faults; None where the forker is dead, or slower
         than it may be."""
-        if patience and not select.select([self.fd], [], [], patience)[0]:
+        if self.is_silent(patience):
             return None
         try:
             data = self.socket.recv(ENDED.size)
@@ -907,8 +911,9 @@ class Run:
         self.status, self.cpu_us, self.page_faults = None, 0, 0
         self.why = 0
         self.forker_died = self.killed = False
+        self.since, self.wanted = time.monotonic(), None
         self.grace = supervisor.limits["grace_ms"] / 1000
-        self.deadline = time.monotonic() + options["timeout_ms"] / 1000
+        self.deadline = self.since + options["timeout_ms"] / 1000
         self.cpu_end = None
         if "cpu_ms" in options:
             self.cpu_end = (cpu_time(pid) or 0) + options["cpu_ms"] / 1000
@@ -1002,6 +1007,13 @@ class Run:
     def heard(self, more):
         """Something came on the result pipe, or its end did."""
 
+    def is_whole(self, at=0):
+        """Whether the outcome is here, which begins at that byte of what the result pipe gave."""
+        if self.wanted is None and self.result.size >= at + OUTCOME.size:
+            _, length, extras = OUTCOME.unpack_from(self.result.bytes(), at)
+            self.wanted = at + OUTCOME.size + length + extras
+        return self.wanted is not None and self.result.size >= self.wanted
+
     def outcome(self):
         return first_frame(self.result.bytes())
 
@@ -1021,7 +1033,6 @@ class FreshRun(Run):
 
     def __init__(self, supervisor, nonce, options, interpreter):
         super().__init__(supervisor, nonce, options, interpreter.pid)
-        self.begun, self.wanted = time.monotonic(), None
         self.is_leaving = False
         self.out = Capture(interpreter.out, self.cap("stdout"), self.teller(b"\1"))
         self.err = Capture(interpreter.err, self.cap("stderr"), self.teller(b"\2"))
@@ -1038,10 +1049,7 @@ class FreshRun(Run):
 
         Only of a run that started nobody: what its children print or use is not known before they have ended.
         """
-        if self.wanted is None and self.result.size >= OUTCOME.size:
-            kind, length, extras = OUTCOME.unpack_from(self.result.bytes())
-            self.wanted = OUTCOME.size + length + extras if kind in (RESULT, ERROR) else sys.maxsize
-        whole = self.wanted is not None and self.result.size >= self.wanted
+        whole = self.is_whole() and self.result.parts[0][0] in (RESULT, ERROR)
         if whole and self.status is None and not self.why and self.is_alone():
             self.is_leaving, self.status = True, 0
             self.cpu_us = int((cpu_time(self.pid) or 0) * 1e6)
@@ -1053,7 +1061,7 @@ class FreshRun(Run):
 
     def is_alone(self):
         """Whether no process and no thread was started since this one: pids go up by one."""
-        return time.monotonic() < self.begun + LONE_S and self.pid == last_pid()
+        return time.monotonic() < self.since + LONE_S and self.pid == last_pid()
 
 
 class KernelRun(Run):
@@ -1062,7 +1070,7 @@ class KernelRun(Run):
     def __init__(self, supervisor, nonce, options, kernel, task):
         super().__init__(supervisor, nonce, options, kernel.pid)
         self.kernel, self.task = kernel, memoryview(task)
-        self.begun, self.wanted = False, None
+        self.begun = False
         self.out, self.err = kernel.out, kernel.err
         self.out.go_on(self.cap("stdout"), self.teller(b"\1"))
         self.err.go_on(self.cap("stderr"), self.teller(b"\2"))
@@ -1100,10 +1108,7 @@ class KernelRun(Run):
             self.begun = True
             if self.why:
                 self.signal()
-        if self.wanted is None and result.size >= 1 + OUTCOME.size:
-            _, length, extras = OUTCOME.unpack_from(result.bytes(), 1)
-            self.wanted = 1 + OUTCOME.size + length + extras
-        if self.wanted is not None and result.size >= self.wanted:
+        if self.is_whole(1):
             self.status = 0
         elif result.cut or not more:
             self.lost()
@@ -1155,7 +1160,7 @@ class Kernel:
         self.channel.setblocking(False)
         os.set_blocking(out_read, False), os.set_blocking(err_read, False)
         self.out, self.err = Capture(out_read, limits["stdout"]), Capture(err_read, limits["stderr"])
-        self.identity = self.pid, stat_of(self.pid)[1]
+        self.identity = self.pid, stat_of(self.pid)[2]
 
     def status(self):
         """Its wait status; None while it lives."""
@@ -1201,13 +1206,20 @@ def cpu_time(pid):
         return None
 
 
+def contents(path):
+    """Of a file in /proc: `open` takes 50 us longer, and somebody waits."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        return os.read(fd, 4096)
+    finally:
+        os.close(fd)
+
+
 def open_load():
     """/proc/loadavg, which ends with the pid that this namespace gave last; None where it does not, or they are few."""
     try:
-        with open("/proc/sys/kernel/pid_max", "rb", 0) as file:
-            if int(file.read()) < LEAST_PIDS:
-                return None
-        return os.open("/proc/loadavg", os.O_RDONLY | os.O_CLOEXEC)
+        enough = int(contents("/proc/sys/kernel/pid_max")) >= LEAST_PIDS
+        return os.open("/proc/loadavg", os.O_RDONLY | os.O_CLOEXEC) if enough else None
     except (OSError, ValueError):
         return None
 
@@ -1216,25 +1228,18 @@ def last_pid():
     return int(os.pread(LOAD, 64, 0).rpartition(b" ")[2]) if LOAD is not None else NOTHING
 
 
+def stat_of(pid):
+    """A process's parent, its minor page faults, and when it was started: with its pid, who it is."""
+    fields = contents("/proc/%d/stat" % pid).rpartition(b")")[2].split()
+    return int(fields[1]), int(fields[7]), int(fields[19])
+
+
 def page_faults(pid):
-    """Minor ones; 0 where the process is gone."""
+    """0 where the process is gone."""
     try:
-        fd = os.open("/proc/%d/stat" % pid, os.O_RDONLY)  # `open` takes 50 us longer, and somebody waits
-    except OSError:
-        return 0
-    try:
-        return int(os.read(fd, 4096).rpartition(b")")[2].split(None, 8)[7])
+        return stat_of(pid)[1]
     except (OSError, IndexError):
         return 0
-    finally:
-        os.close(fd)
-
-
-def stat_of(pid):
-    """A process's parent, and when it was started: with its pid, who it is."""
-    with open("/proc/%d/stat" % pid, "rb", 0) as file:
-        fields = file.read().rpartition(b")")[2].split()
-    return int(fields[1]), int(fields[19])
 
 
 def kill_all(kernel=None):
@@ -1252,7 +1257,7 @@ def kill_all(kernel=None):
 def is_kernel(kernel):
     pid, started = kernel
     try:
-        return stat_of(pid)[1] == started
+        return stat_of(pid)[2] == started
     except (OSError, IndexError):
         return False
 
@@ -1405,10 +1410,9 @@ class Supervisor:
 
     def run_fresh(self, nonce, options, task):
         interpreter = self.begin(task)
-        begun = time.monotonic()
         run = FreshRun(self, nonce, options, interpreter)
         run.wait()
-        spent = time.monotonic() - begun
+        spent = time.monotonic() - run.since
         if not run.is_leaving:
             self.clear_up(run)
         run.drain()
