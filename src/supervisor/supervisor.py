@@ -1051,9 +1051,10 @@ class FreshRun(Run):
         """
         whole = self.is_whole() and self.result.parts[0][0] in (RESULT, ERROR)
         if whole and self.status is None and not self.why and self.is_alone():
-            self.is_leaving, self.status = True, 0
-            self.cpu_us = int((cpu_time(self.pid) or 0) * 1e6)
-            self.page_faults = page_faults(self.pid)
+            cpu, faults = cpu_time(self.pid), page_faults(self.pid)
+            if cpu is not None and faults is not None:  # else it has ended already, and the forker tells
+                self.is_leaving, self.status = True, 0
+                self.cpu_us, self.page_faults = int(cpu * 1e6), faults
 
     def end(self, ended):
         self.is_leaving = False
@@ -1235,11 +1236,11 @@ def stat_of(pid):
 
 
 def page_faults(pid):
-    """0 where the process is gone."""
+    """None where the process is gone."""
     try:
         return stat_of(pid)[1]
     except (OSError, IndexError):
-        return 0
+        return None
 
 
 def kill_all(kernel=None):
