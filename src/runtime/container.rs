@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::fmt;
 use std::io;
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use bytes::Bytes;
@@ -116,16 +116,13 @@ impl Settings {
 #[derive(Debug)]
 pub(super) struct Program {
     source: &'static str,
-    /// As the image's own Python compiled it: compiling takes 11 ms, which is a tenth of a start.
-    compiled: Vec<u8>,
+    /// As the image's own Python compiled it, in the first container: compiling takes 11 ms, which is a tenth of a start.
+    compiled: OnceLock<Vec<u8>>,
 }
 
-/// Prints its argument as Python's own cached form, after the number that tells whose it is, in hex.
-const COMPILER: &str = "import sys, marshal; \
-    magic = sys.modules['_frozen_importlib_external'].MAGIC_NUMBER; \
-    code = compile(sys.argv[1], '<supervisor>', 'exec', optimize=2); \
-    print((magic + marshal.dumps(code)).hex())";
-/// Runs what `COMPILER` printed, or the source where an image was replaced by one with another Python.
+/// Runs the compiled program, or the source where there is none yet, or an image was replaced by one with another
+/// Python. Where there is none yet it tells what it has compiled: Python's own cached form, after the number that says
+/// whose it is.
 const LOADER: &str = "\
 import marshal, os, sys
 def take(count):
@@ -138,44 +135,26 @@ def take(count):
     return taken
 compiled, source = (take(int.from_bytes(take(4), 'big')) for _ in range(2))
 magic = sys.modules['_frozen_importlib_external'].MAGIC_NUMBER
-program = marshal.loads(memoryview(compiled)[len(magic):]) if compiled.startswith(magic) else source
-del compiled, source
+if compiled.startswith(magic):
+    program = marshal.loads(memoryview(compiled)[len(magic):])
+else:
+    program = compile(source, '<supervisor>', 'exec', optimize=2)
+if not compiled:
+    compiled = magic + marshal.dumps(program)
+    sys.stdout.buffer.write(len(compiled).to_bytes(4, 'big') + compiled)
+    sys.stdout.buffer.flush()
+del compiled, source, magic, take
 exec(program)
 ";
-/// A guess: the compiled supervisor is about 130 KiB in hex.
-const COMPILED_BYTES: u64 = 1 << 20;
+/// A guess: the compiled supervisor is about 65 KiB.
+const COMPILED_BYTES: u32 = 1 << 20;
 /// Some thousand times what it takes: 100 KiB, through an engine.
 const LOAD_TIMEOUT: Duration = Duration::from_secs(10);
 
 impl Program {
     /// Before anything was compiled.
     pub(super) fn new(source: &'static str) -> Program {
-        Program { source, compiled: Vec::new() }
-    }
-
-    /// The command line of a container whose output `compiled` takes.
-    pub(super) fn compiler(&self) -> Vec<String> {
-        ["python3", "-I", "-S", "-c", COMPILER, self.source].map(str::to_owned).to_vec()
-    }
-
-    /// What the compiler's container said.
-    pub(super) async fn compiled(
-        source: &'static str,
-        stream: Duplex,
-        words: impl Fn() -> String,
-    ) -> Result<Program> {
-        let mut said = String::new();
-        let mut stream = stream.take(COMPILED_BYTES);
-        let read = tokio::time::timeout(COMPILE_TIMEOUT, stream.read_to_string(&mut said)).await;
-        let whole = matches!(read, Ok(Ok(_))) && said.ends_with('\n');
-        match hex::decode(said.trim()) {
-            Ok(compiled) if whole => Ok(Program { source, compiled }),
-            _ => Err(Error::Unusable {
-                what: "compile the supervisor with the image's python3".into(),
-                why: format!("it said: {} {}", said.trim(), words()).trim().to_owned(),
-                remedy: "set image to one with a python3 from 3.8 to 3.14".into(),
-            }),
-        }
+        Program { source, compiled: OnceLock::new() }
     }
 
     /// The command line of a supervisor, which then waits for `load`.
@@ -187,10 +166,12 @@ impl Program {
         ["python3", "-I", "-S", "-c", LOADER, mode].map(str::to_owned).to_vec()
     }
 
-    /// Hands the supervisor over to a process that waits for it.
-    pub(super) async fn load(&self, mut sandbox: Sandbox) -> Result<Sandbox> {
+    /// Hands the supervisor over to a process that waits for it; the first one compiles it for all that follow. What a
+    /// container has said on its stderr is in `words`.
+    pub(super) async fn load(&self, mut sandbox: Sandbox, words: &AllLastWords) -> Result<Sandbox> {
+        let compiled = self.compiled.get().map_or(&[][..], |compiled| compiled);
         let mut bytes = Vec::new();
-        for part in [&self.compiled[..], self.source.as_bytes()] {
+        for part in [compiled, self.source.as_bytes()] {
             bytes.extend_from_slice(&(part.len() as u32).to_be_bytes());
             bytes.extend_from_slice(part);
         }
@@ -201,8 +182,29 @@ impl Program {
         let loaded = tokio::time::timeout(LOAD_TIMEOUT, loading).await;
         let loaded = loaded.unwrap_or_else(|late| Err(io::Error::other(late)));
         loaded.map_err(Error::failed("hand over the supervisor"))?;
+        if compiled.is_empty() {
+            let told = tokio::time::timeout(COMPILE_TIMEOUT, told(&mut sandbox.stream)).await;
+            let told = told.unwrap_or_else(|late| Err(io::Error::other(late)));
+            let compiled = told.map_err(|error| Error::Unusable {
+                what: "compile the supervisor with the image's python3".into(),
+                why: format!("{error} {}", words.of(&sandbox.id)).trim().to_owned(),
+                remedy: "set image to one with a python3 from 3.8 to 3.14".into(),
+            })?;
+            let _ = self.compiled.set(compiled); // several may be the first
+        }
         Ok(sandbox)
     }
+}
+
+/// What the first loader has compiled.
+async fn told(stream: &mut Duplex) -> io::Result<Vec<u8>> {
+    let length = stream.read_u32().await?;
+    if length > COMPILED_BYTES {
+        return Err(io::Error::other("it said something else"));
+    }
+    let mut compiled = vec![0; length as usize];
+    stream.read_exact(&mut compiled).await?;
+    Ok(compiled)
 }
 
 /// See supervisor.py.
@@ -245,10 +247,6 @@ impl Names {
         self.random("helper")
     }
 
-    pub(super) fn is_helper(&self, name: &str) -> bool {
-        name.trim_start_matches('/').strip_prefix(&self.0).is_some_and(|rest| rest.starts_with("helper-"))
-    }
-
     fn random(&self, what: &str) -> Result<String> {
         let random = getrandom::u64().map_err(|error| Error::Failed {
             what: "name a new sandbox".into(),
@@ -261,6 +259,11 @@ impl Names {
     pub(super) fn claimed(&self, owner: &SessionKey, at: SystemTime) -> String {
         let millis = at.duration_since(UNIX_EPOCH).unwrap_or_default().as_millis();
         format!("{}{owner}-{millis:x}", self.0)
+    }
+
+    /// A regular expression for the names of claimed ones.
+    pub(super) fn claimed_pattern(&self) -> String {
+        format!("^{}[0-9a-f]+-[0-9a-f]+$", self.0)
     }
 
     /// Who claimed a container of that name, if anyone did.
@@ -454,7 +457,7 @@ mod tests {
         assert_eq!(names.claim_of(&format!("/{claimed}")), Some(Claim { owner, at }), "as Docker lists it");
         assert_eq!(names.claim_of(&names.unclaimed().unwrap()), None);
         let helper = names.helper().unwrap();
-        assert!(names.claim_of(&helper).is_none() && names.is_helper(&helper) && !names.is_helper(&claimed));
+        assert_eq!(names.claim_of(&helper), None);
         for other in ["codesandbox-a-b_c-", "codesandbox-other-00ff-1", "x", "codesandbox-a-b_c-00ff", ""] {
             assert_eq!(names.claim_of(other), None, "{other}");
         }

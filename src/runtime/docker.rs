@@ -198,7 +198,7 @@ impl Docker {
         let names = Names::new(&settings.instance);
         let secret = container::secret_of(&names, &left);
         let (first, many) = if maps_uids(&info) { MAPPED_UIDS } else { UIDS };
-        let mut inner = Inner {
+        let inner = Inner {
             client,
             raw: if tls.is_none() { Raw::new(&settings.url, "") } else { None },
             names,
@@ -210,10 +210,6 @@ impl Docker {
             uids: Uids::new(first, many),
             last_words: AllLastWords::default(),
         };
-        inner.program = inner.compile(supervisor).await?;
-        for helper in left.iter().filter(|container| inner.names.is_helper(&container.name)) {
-            inner.remove(&helper.id).await?; // of a server that was killed in the middle
-        }
         Ok(Docker(Arc::new(inner)))
     }
 }
@@ -319,15 +315,6 @@ async fn listed(client: &Client, instance: &str) -> Result<Vec<Listed>> {
 }
 
 impl Inner {
-    /// Once, in a container of its own: by the very interpreter that every sandbox has.
-    async fn compile(&self, supervisor: &'static str) -> Result<Program> {
-        let (name, spec) = (self.names.helper()?, SandboxSpec::smallest());
-        let Sandbox { id, stream } = self.make(name, &spec, self.program.compiler()).await?;
-        let compiled = Program::compiled(supervisor, stream, || self.last_words.of(&id)).await;
-        self.remove(&id).await?;
-        compiled
-    }
-
     async fn make(&self, name: String, spec: &SandboxSpec, program: Vec<String>) -> Result<Sandbox> {
         let user = self.settings.user.clone().unwrap_or_else(|| self.uids.next());
         let request = container_request(spec, &self.settings, &self.secret, &user, &self.volumes, program);
@@ -493,7 +480,7 @@ impl Runtime for Docker {
         let make = async move {
             let sandbox = inner.make(name, &spec, Program::supervisor(Mode::Park)).await?;
             let id = sandbox.id.clone();
-            match inner.program.load(sandbox).await {
+            match inner.program.load(sandbox, &inner.last_words).await {
                 Ok(sandbox) => Ok(sandbox),
                 Err(error) => {
                     container::undone(inner.remove(&id).await);

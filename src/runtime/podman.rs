@@ -11,7 +11,10 @@ use async_trait::async_trait;
 use futures_util::StreamExt;
 use hyper::{Method, StatusCode};
 use podman_api::Podman as Client;
-use podman_api::opts::{ContainerDeleteOpts, ContainerListFilter, ContainerListOpts, PullOpts, PullPolicy};
+use podman_api::opts::{
+    ContainerDeleteOpts, ContainerListFilter, ContainerListOpts, ContainerListOptsBuilder, PullOpts,
+    PullPolicy,
+};
 use serde_json::{Value, json};
 use tokio::sync::OnceCell;
 use tokio::time::Instant;
@@ -231,11 +234,11 @@ impl Podman {
         let raw =
             Raw::new(&settings.url, API).ok_or_else(|| unusable("expected unix:// or tcp://".into()))?;
         let client = Client::new(&settings.url).map_err(|error| unusable(error.to_string()))?;
-        // podman-api's own `info` fails on fields that came after Podman 4.
-        // Both take long where containers are many: they do so at once.
+        let names = Names::new(&settings.instance);
+        // podman-api's own `info` fails on fields that came after Podman 4. It takes half a second.
         let (info, left) = tokio::join!(
             within("info", raw.call(Method::GET, "/info", &Value::Null)),
-            listed(&client, &settings.instance)
+            some_listed(&client, &settings.instance, &names)
         );
         let host = Host::of(&info.map_err(|error| unusable(error.to_string()))?);
         check_runtime(&host, &settings)?;
@@ -251,9 +254,8 @@ impl Podman {
             }
         };
         let left = left?;
-        let names = Names::new(&settings.instance);
         let secret = container::secret_of(&names, &left);
-        let mut inner = Inner {
+        let inner = Inner {
             client,
             raw,
             names,
@@ -266,12 +268,7 @@ impl Podman {
             stdin_survives: OnceCell::new(),
             last_words: AllLastWords::default(),
         };
-        inner.program = inner.compile(supervisor).await?;
-        for helper in left.iter().filter(|container| inner.names.is_helper(&container.name)) {
-            inner.remove(&helper.id).await?; // of a server that was killed in the middle
-        }
-        let inner = Arc::new(inner);
-        let podman = Podman(inner);
+        let podman = Podman(Arc::new(inner));
         if !left.is_empty() {
             let early = podman.clone(); // somebody is about to come back to one of them
             tokio::spawn(async move { early.knows_stdin().await });
@@ -374,25 +371,30 @@ fn write(path: PathBuf, text: &str) -> Result<PathBuf> {
     Ok(path)
 }
 
+fn ours(instance: &str) -> ContainerListFilter {
+    ContainerListFilter::LabelKeyVal(INSTANCE_LABEL.into(), instance.into())
+}
+
 async fn listed(client: &Client, instance: &str) -> Result<Vec<Listed>> {
-    let ours = ContainerListFilter::LabelKeyVal(INSTANCE_LABEL.into(), instance.into());
-    let options = ContainerListOpts::builder().all(true).filter([ours]).build();
-    let containers = client.containers();
+    list(client, ContainerListOpts::builder().filter([ours(instance)])).await
+}
+
+/// One of the claimed and one of all, where there are any: to list all takes 10 ms for each.
+async fn some_listed(client: &Client, instance: &str, names: &Names) -> Result<Vec<Listed>> {
+    let claimed = [ours(instance), ContainerListFilter::Name(names.claimed_pattern())];
+    let mut some = list(client, ContainerListOpts::builder().filter(claimed).limit(1)).await?;
+    some.extend(list(client, ContainerListOpts::builder().filter([ours(instance)]).limit(1)).await?);
+    Ok(some)
+}
+
+async fn list(client: &Client, options: ContainerListOptsBuilder) -> Result<Vec<Listed>> {
+    let (containers, options) = (client.containers(), options.all(true).build());
     let listed = within_crate("list", containers.list(&options)).await;
     let listed = listed.map_err(|failure| at(failure, "list our containers"))?.into_iter();
     Ok(listed.filter_map(|container| Listed::new(container.id, container.names, container.labels)).collect())
 }
 
 impl Inner {
-    /// Once, in a container of its own: by the very interpreter that every sandbox has.
-    async fn compile(&self, supervisor: &'static str) -> Result<Program> {
-        let (name, spec) = (self.names.helper()?, SandboxSpec::smallest());
-        let Sandbox { id, stream } = self.make(name, &spec, self.program.compiler()).await?;
-        let compiled = Program::compiled(supervisor, stream, || self.last_words.of(&id)).await;
-        self.remove(&id).await?;
-        compiled
-    }
-
     async fn make(&self, name: String, spec: &SandboxSpec, program: Vec<String>) -> Result<Sandbox> {
         let made = self.begin(&name, spec, program).await;
         if made.is_err() {
@@ -484,7 +486,7 @@ impl Inner {
         let begin = json!({"Detach": false, "Tty": false});
         let attached = within("start exec", self.raw.stream(&path, &begin, words)).await;
         let stream = attached.map_err(|failure| of(failure, id, "exec in"))?;
-        self.program.load(Sandbox { id: id.clone(), stream }).await
+        self.program.load(Sandbox { id: id.clone(), stream }, &self.last_words).await
     }
 
     /// Whether the operator's conmon keeps a container's stdin open (--leave-stdin-open): tried with a container
@@ -658,7 +660,7 @@ impl Runtime for Podman {
         let make = async move {
             let sandbox = inner.make(name, &spec, Program::supervisor(Mode::Park)).await?;
             let id = sandbox.id.clone();
-            match inner.program.load(sandbox).await {
+            match inner.program.load(sandbox, &inner.last_words).await {
                 Ok(sandbox) => Ok(sandbox),
                 Err(error) => {
                     container::undone(inner.remove(&id).await);

@@ -159,7 +159,8 @@ fn a_run_that_went_on_when_the_server_died_is_over(driver: &Driver) {
     let instance = drivers::new_instance();
     let server = start(driver, &instance);
     server.run("a", "open('f', 'w').write('0')");
-    let code = "import time\nfor n in range(600):\n open('f', 'w').write(str(n))\n time.sleep(0.1)";
+    let code = "import os, time\nfor n in range(600):\n with open('g', 'w') as file: file.write(str(n))\n \
+                os.replace('g', 'f')\n time.sleep(0.1)"; // never a file that is empty, whenever it is killed
     let body = json!({"user_id": "a", "code": code, "timeout_ms": 60_000}).to_string();
     let mut wire = crate::support::Wire::new(&server);
     wire.send(crate::support::post_bytes(&body));
