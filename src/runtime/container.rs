@@ -5,7 +5,7 @@ use std::fmt;
 use std::io;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use bytes::Bytes;
 use futures_util::{Stream, StreamExt};
@@ -394,6 +394,14 @@ impl AllLastWords {
     fn kept(&self) -> MutexGuard<'_, HashMap<SandboxId, LastWords>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// Logs how long the engine took, for who wonders what a start is waiting for.
+pub(super) async fn timed<T>(call: &'static str, answer: impl Future<Output = T>) -> T {
+    let begun = Instant::now();
+    let answer = answer.await;
+    tracing::debug!(call, took = ?begun.elapsed(), "the engine was asked");
+    answer
 }
 
 /// What is left of a creation that nobody wants, or that failed, has been removed, or the log says so.

@@ -577,7 +577,9 @@ async fn within<T>(
     what: &'static str,
     call: impl Future<Output = std::result::Result<T, ClientError>>,
 ) -> std::result::Result<T, Failure> {
-    Ok(tokio::time::timeout(CALL_TIMEOUT, call).await.map_err(|_| Failure::Late(what))??)
+    Ok(container::timed(what, tokio::time::timeout(CALL_TIMEOUT, call))
+        .await
+        .map_err(|_| Failure::Late(what))??)
 }
 
 impl Failure {

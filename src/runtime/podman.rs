@@ -751,7 +751,7 @@ async fn within<T>(
     let late = |_| {
         Failure::Broken(std::io::Error::other(format!("no answer to \"{what}\" within {CALL_TIMEOUT:?}")))
     };
-    tokio::time::timeout(CALL_TIMEOUT, call).await.map_err(late)?
+    container::timed(what, tokio::time::timeout(CALL_TIMEOUT, call)).await.map_err(late)?
 }
 
 /// The same for a call of podman-api's, whose errors become ours.
