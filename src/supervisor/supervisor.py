@@ -596,7 +596,7 @@ def give_room():
 
 def run_cell(source, limits, extras):
     """In the scope that stays: the value of `result` where this run sets it, else of a last expression, as JSON."""
-    write_all(Cell.channel, BEGUN)
+    write_all(Cell.begun, BEGUN)
     Cell.number += 1
     name = CELL_NAME % Cell.number
     FINDER.remember(name, source)
@@ -623,7 +623,7 @@ def run_cell(source, limits, extras):
 class Cell:
     """What a kernel knows of its runs."""
 
-    number, channel = 0, None
+    number, begun = 0, None
 
 
 def execute_cell(code, expression):
@@ -669,19 +669,21 @@ BUILTINS = sys.modules["builtins"]
 INTERRUPTED = b'{"kind":"raised","name":"KeyboardInterrupt","value":"","traceback":""}'
 FULL = b'{"kind":"out_of_memory","name":"MemoryError","value":"","traceback":""}'
 FULL = OUTCOME.pack(ERROR, len(FULL), 0) + FULL  # whole, since nothing can be made any more
-BEGUN = b"\1"  # what a kernel says before an outcome: from here on SIGINT is a KeyboardInterrupt
+BEGUN = b"\1"  # a kernel says so where nobody waits for it: from here on SIGINT is a KeyboardInterrupt
 
 
-def kernel_process(channel, out, err, limits):
+def kernel_process(channel, out, err, begun, limits):
     """The whole life of a kernel: one task after another in one scope, whose threads go on between them."""
     pid = os.getpid()
     os.setsid()
     os.dup2(out, 1), os.dup2(err, 2)
     os.close(out), os.close(err)
-    Cell.channel = channel
+    Cell.begun = begun
     while True:
+        stand_in(b"")  # ahead of the run
         source, data, stdin, narrowed = read_task(channel)
-        stand_in(stdin)
+        if stdin:
+            stand_in(stdin)
         if narrowed:
             narrow(loads(narrowed.decode()), hard=False)
         outcome = outcome_to_tell(source, data, limits, run_cell)
@@ -1007,11 +1009,11 @@ class Run:
     def heard(self, more):
         """Something came on the result pipe, or its end did."""
 
-    def is_whole(self, at=0):
-        """Whether the outcome is here, which begins at that byte of what the result pipe gave."""
-        if self.wanted is None and self.result.size >= at + OUTCOME.size:
-            _, length, extras = OUTCOME.unpack_from(self.result.bytes(), at)
-            self.wanted = at + OUTCOME.size + length + extras
+    def is_whole(self):
+        """Whether the outcome is here."""
+        if self.wanted is None and self.result.size >= OUTCOME.size:
+            _, length, extras = OUTCOME.unpack_from(self.result.bytes())
+            self.wanted = OUTCOME.size + length + extras
         return self.wanted is not None and self.result.size >= self.wanted
 
     def outcome(self):
@@ -1071,15 +1073,13 @@ class KernelRun(Run):
     def __init__(self, supervisor, nonce, options, kernel, task):
         super().__init__(supervisor, nonce, options, kernel.pid)
         self.kernel, self.task = kernel, memoryview(task)
-        self.begun = False
-        self.out, self.err = kernel.out, kernel.err
+        self.begun = self.signalled = False
+        self.cpu_before = cpu_time(kernel.pid) or 0
+        self.give()  # first: it runs while we prepare
+        self.out, self.err, self.poller = kernel.out, kernel.err, kernel.poller
         self.out.go_on(self.cap("stdout"), self.teller(b"\1"))
         self.err.go_on(self.cap("stderr"), self.teller(b"\2"))
         self.result = Capture(kernel.channel.fileno(), self.result_cap())
-        self.cpu_before = cpu_time(kernel.pid) or 0
-        self.poller = select.poll()
-        self.poller.register(0, select.POLLIN)
-        self.give()
 
     def give(self):
         """As much of the task as the kernel takes; a thread of it that holds everything up shall not hold us."""
@@ -1096,29 +1096,31 @@ class KernelRun(Run):
             self.lost()  # the pipe may be open all the same, in a fork of it
             return 0
         self.give()
-        return min(super().patience(), 0.001 if self.task else LOOK_AGAIN_S)
+        if self.why and not self.signalled:
+            self.signal()
+        soon = self.task or (self.why and not self.signalled)
+        return min(super().patience(), 0.001 if soon else LOOK_AGAIN_S)
 
     def signal(self):
-        """Not before the code has begun, since a kernel at rest hears no SIGINT: then at once."""
-        if self.begun:
+        """Not before the code has begun, since a kernel at rest hears no SIGINT: `patience` tries again."""
+        if self.has_begun():
+            self.signalled = True
             super().signal()
 
-    def heard(self, more):
-        result = self.result
-        if result.size and not self.begun:
-            self.begun = True
-            if self.why:
-                self.signal()
-        if self.is_whole(1):
-            self.status = 0
-        elif result.cut or not more:
-            self.lost()
+    def has_begun(self):
+        """Whether the code has: looked up only where it matters, since a word about it would wake us in each run."""
+        self.begun = self.begun or self.kernel.has_begun()
+        return self.begun
 
-    def outcome(self):
-        return first_frame(memoryview(self.result.bytes())[1:])
+    def heard(self, more):
+        if self.is_whole():
+            self.status = 0
+        elif self.result.cut or not more:
+            self.lost()
 
     def lost(self):
         """The kernel is dead, and all that it had started is to be, too."""
+        self.has_begun()
         self.kill()
         end = time.monotonic() + REAP_S
         while self.kernel.status() is None:
@@ -1146,29 +1148,40 @@ class Kernel:
     def __init__(self, limits):
         self.limits = limits
         self.channel, theirs = _socket.socketpair()
-        (out_read, out), (err_read, err) = os.pipe(), os.pipe()
+        (out_read, out), (err_read, err), (self.begun, begun) = os.pipe(), os.pipe(), os.pipe()
         self.pid = os.fork()
         if self.pid == 0:
             try:
-                become_guest(theirs.fileno(), out, err)
+                become_guest(theirs.fileno(), out, err, begun)
                 prepare(limits)
-                kernel_process(theirs.fileno(), out, err, limits)
+                kernel_process(theirs.fileno(), out, err, begun, limits)
             finally:
                 os._exit(70)
         KERNELS[self.pid] = None
         theirs.close()
-        os.close(out), os.close(err)
+        os.close(out), os.close(err), os.close(begun)
         self.channel.setblocking(False)
-        os.set_blocking(out_read, False), os.set_blocking(err_read, False)
+        for fd in (out_read, err_read, self.begun):
+            os.set_blocking(fd, False)
         self.out, self.err = Capture(out_read, limits["stdout"]), Capture(err_read, limits["stderr"])
+        self.poller = select.poll()  # for its runs
+        self.poller.register(0, select.POLLIN)
         self.identity = self.pid, stat_of(self.pid)[2]
 
     def status(self):
         """Its wait status; None while it lives."""
         return KERNELS[self.pid]
 
+    def has_begun(self):
+        """Whether the code of its run has, asked until it has."""
+        try:
+            return bool(os.read(self.begun, 1 << 16))
+        except BlockingIOError:
+            return False
+
     def rest(self):
         """Between runs: what it prints from now on comes with the next answer."""
+        self.has_begun()  # of this run, if nobody asked
         self.out.begin_anew(self.limits["stdout"]), self.err.begin_anew(self.limits["stderr"])
 
     def watch(self):
@@ -1187,7 +1200,7 @@ class Kernel:
 
     def close(self):
         self.channel.close()
-        os.close(self.out.fd), os.close(self.err.fd)
+        os.close(self.out.fd), os.close(self.err.fd), os.close(self.begun)
         del KERNELS[self.pid]
 
 
@@ -1430,7 +1443,6 @@ class Supervisor:
             self.fork_anew()
 
     def run_in_kernel(self, nonce, options, task):
-        collect()
         if self.kernel and self.kernel.status() is not None:
             self.lose_kernel()
         begun = time.monotonic()
@@ -1440,8 +1452,9 @@ class Supervisor:
             run = KernelRun(self, nonce, options, self.kernel, LENGTH.pack(len(payload)) + payload)
             run.wait()
             run.drain()
-            if run.forker_died:
-                self.lose_kernel()
+            if not run.forker_died:
+                break
+            self.lose_kernel()
             if run.begun or run.why:
                 break  # else the kernel was of no use before, and the code has not begun
         send(nonce, DONE, *self.answer(run, time.monotonic() - begun, self.kernel_lost))
