@@ -11,13 +11,14 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand};
+use tracing_subscriber::fmt::format::FmtSpan;
 
 use crate::config::{Config, Driver, Layers, LogFormat, SessionsAtShutdown};
 use crate::runtime::{Limit, SandboxSpec};
 use crate::server::audit;
 use crate::server::auth::Key;
 use crate::supervisor::Caps;
-use crate::{pool, reconciler, session};
+use crate::{phase, pool, reconciler, session};
 
 /// Runs untrusted Python, safely and fast, behind HTTP.
 ///
@@ -244,11 +245,15 @@ fn stand_apart(config: &mut Config) -> Result<(), Failure> {
 fn log_to_stderr(config: &Config, filter: &str) -> Result<(), Failure> {
     let mut wanted = tracing_subscriber::EnvFilter::try_new(filter)
         .map_err(|error| format!("configuration key log: {error}"))?;
-    if !filter.contains(audit::TARGET) {
-        let never = format!("{}=off", audit::TARGET); // they are many, and have a file of their own
-        wanted = wanted.add_directive(never.parse().expect("a target and a level are a directive"));
+    for many in [audit::TARGET, phase::TARGET] {
+        if !filter.contains(many) {
+            let never = format!("{many}=off"); // "debug" alone does not mean them
+            wanted = wanted.add_directive(never.parse().expect("a target and a level are a directive"));
+        }
     }
-    let builder = tracing_subscriber::fmt().with_env_filter(wanted).with_writer(std::io::stderr);
+    let ends = if filter.contains(phase::TARGET) { FmtSpan::CLOSE } else { FmtSpan::NONE };
+    let builder = tracing_subscriber::fmt().with_env_filter(wanted).with_span_events(ends);
+    let builder = builder.with_writer(std::io::stderr);
     match config.log_format {
         LogFormat::Text => {
             let colours = std::io::IsTerminal::is_terminal(&std::io::stderr());

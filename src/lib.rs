@@ -10,7 +10,7 @@
 //! 3  supervisor               the conversation with one sandbox; deadlines and caps
 //! 2  runtime::{docker, podman, embedded, fake}    the engines; they know floor 1 only, never each other
 //! 1  runtime                  the trait, its contract, the spec, the errors
-//! 0  metrics                  a leaf, handed down; no globals, so tests run in parallel
+//! 0  metrics, phase           leaves; metrics are handed down: no globals, so tests run in parallel
 //! ```
 //!
 //! A request comes in at `server::route`, is parsed by `server::body`, waits its turn in `session`, gets a
@@ -19,6 +19,7 @@
 pub mod cli;
 pub mod config;
 pub mod metrics;
+pub mod phase;
 pub mod pool;
 pub mod probe;
 pub mod reaper;

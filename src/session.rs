@@ -18,8 +18,10 @@ use serde_json::value::RawValue;
 use sha2::Sha256;
 use tokio::sync::{Notify, OwnedMutexGuard, watch};
 use tokio::time::Instant;
+use tracing::Instrument;
 
 use crate::metrics::Metrics;
+use crate::phase::phase;
 use crate::pool::{self, Claimed, Kept, Pool};
 use crate::runtime::{self, Claim, Fate, Found, KeySecret, SandboxId, SessionKey};
 use crate::supervisor::files::Exchanges;
@@ -240,7 +242,7 @@ impl Sessions {
             if let Some(teller) = run.teller {
                 teller.accepted();
             }
-            let mut turn = place.take_seat().await;
+            let mut turn = place.take_seat().instrument(phase!("queue")).await;
             let seated = Instant::now();
             turn.retire_if_outlived();
             if let Some((claimed, answer)) = turn.execute(run).await? {
@@ -745,11 +747,13 @@ impl Turn {
     ) -> Result<Option<(Instant, Result<Report, supervisor::Error>)>, Error> {
         let mut attempts = 1;
         loop {
-            let new = self.have_sandbox(if attempts == 1 { "not_recovered" } else { "idle" }).await?;
+            let reason = if attempts == 1 { "not_recovered" } else { "idle" };
+            let new = self.have_sandbox(reason).instrument(phase!("claim")).await?;
             let claimed = Instant::now();
             let interrupt = self.interrupt.clone();
             let Some(supervisor) = self.supervisor() else { return Ok(None) };
-            let answer = supervisor.run(&Run { interrupt: Some(&interrupt), ..*run }).await;
+            let answer =
+                supervisor.run(&Run { interrupt: Some(&interrupt), ..*run }).instrument(phase!("run")).await;
             if attempts == ATTEMPTS || !matches!(answer, Err(supervisor::Error::NotBegun)) {
                 return Ok(Some((claimed, answer)));
             }

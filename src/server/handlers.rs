@@ -10,6 +10,7 @@ use hyper::{HeaderMap, Request, Response, StatusCode};
 use percent_encoding::percent_decode_str;
 use serde::Serialize;
 use serde_json::value::RawValue;
+use tracing::Instrument;
 
 use super::State;
 use super::audit::Entry;
@@ -17,6 +18,7 @@ use super::body::{RunRequest, check_user_id};
 use super::error::Error;
 use super::route::{Answer, json, json_bytes, request_id};
 use super::stream_body::Body;
+use crate::phase::phase;
 use crate::session::{Done, Owner, Timing};
 use crate::supervisor::{Artifact, ErrorDetail, Field, Run, Teller};
 
@@ -89,15 +91,17 @@ pub(super) async fn answer(
 ) -> Result<Answered, Error> {
     check_content_type(request.headers())?;
     let id = request_id(request.headers());
-    let (body, _room) = state.room.read(request.into_body(), &state.settings).await?;
-    let asked = RunRequest::parse(&body, &state.settings)?;
+    let (body, _room) =
+        state.room.read(request.into_body(), &state.settings).instrument(phase!("body")).await?;
+    let asked = phase!("parse").in_scope(|| RunRequest::parse(&body, &state.settings))?;
     let mut audited = Entry::new(state, tenant, &id, &asked);
     let RunRequest { user_id, code, data, stdin, timeout, mode, narrowed } = asked;
     let run = Run { data, stdin: &stdin, mode, narrowed, teller, ..Run::new(&code, timeout) };
     let done = state.sessions.run(Owner { tenant, user_id: &user_id }, &run).await.map_err(Error::from);
     audited.conclude(done.as_ref());
     let done = done?;
-    let answer = serde_json::to_string(&RunAnswer::from(&done)).expect("texts and JSON texts are JSON");
+    let answer = phase!("respond").in_scope(|| serde_json::to_string(&RunAnswer::from(&done)));
+    let answer = answer.expect("texts and JSON texts are JSON");
     Ok(Answered { answer, timing: done.timing })
 }
 

@@ -17,7 +17,10 @@ use tokio::io::AsyncWrite;
 use tokio::sync::Notify;
 use tokio::time::{Instant, timeout_at};
 use tokio_util::io::poll_read_buf;
+use tracing::Instrument;
+use tracing::field::{Empty, debug};
 
+use crate::phase::phase;
 use crate::runtime::{Duplex, Layer, LayerState, SandboxSpec};
 use files::{Desk, Exchanges};
 pub use protocol::Violation;
@@ -325,8 +328,13 @@ impl Supervisor {
         let options = serde_json::to_vec(&Options::from(run)).expect("numbers under string keys are JSON");
         let sections = [&options[..], run.code.as_bytes(), run.data.as_bytes(), run.stdin.as_bytes()];
         let converse = async {
-            self.send(nonce, Request::Run, &sections).await.map_err(|_| Error::NotBegun)?;
-            self.report(nonce, run.teller, run.interrupt).await
+            let sent = self.send(nonce, Request::Run, &sections).instrument(phase!("send")).await;
+            sent.map_err(|_| Error::NotBegun)?;
+            let sandbox = phase!("sandbox", wall = Empty, cpu = Empty, page_faults = Empty);
+            let report = self.report(nonce, run.teller, run.interrupt).instrument(sandbox.clone()).await?;
+            sandbox.record("wall", debug(report.wall)).record("cpu", debug(report.cpu));
+            sandbox.record("page_faults", report.page_faults);
+            Ok(report)
         };
         timeout_at(deadline, converse).await.unwrap_or(Err(Error::Unresponsive))
     }

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 /// From the bottom; a module may name those of its own floor and below, except where said.
 const FLOORS: [&[&str]; 7] = [
-    &["metrics"],
+    &["metrics", "phase"],
     &["runtime"],
     &["runtime::docker", "runtime::embedded", "runtime::fake", "runtime::podman"],
     &["supervisor"],

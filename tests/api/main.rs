@@ -10,6 +10,7 @@ mod image;
 mod isolation;
 mod lifecycle;
 mod openapi;
+mod phases;
 mod probe;
 mod sessions;
 mod simulation;
