@@ -10,7 +10,8 @@ use bytes::Bytes;
 use tokio::sync::OwnedMutexGuard;
 use tokio::time::Instant;
 
-use super::{ATTEMPTS, Loss, Owner, Place, Seat, Session, Sessions, VERDICT_WAIT};
+use super::loss::Loss;
+use super::{ATTEMPTS, Owner, Place, Seat, Session, Sessions, VERDICT_WAIT};
 use crate::metrics::Counted;
 use crate::runtime::SessionKey;
 use crate::supervisor;
