@@ -12,7 +12,7 @@ pub async fn reap(sessions: Sessions) {
             biased;
             () = sleep_until(next) => {}
             // An expiry may now be nearer than the one expected; idle times are all the same, so only then.
-            () = sessions.begun() => {}
+            () = sessions.recovered() => {}
         }
     }
 }

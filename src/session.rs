@@ -170,8 +170,8 @@ struct Inner {
     table: Mutex<HashMap<SessionKey, Arc<Session>>>,
     draining: AtomicBool,
     secret: KeySecret,
-    /// Told when a session begins, so that the reaper need not poll an empty table.
-    begun: Notify,
+    /// Told when sessions of an earlier server are taken up, which may expire sooner than a new one.
+    recovered: Notify,
 }
 
 #[derive(Debug)]
@@ -229,7 +229,7 @@ impl Sessions {
             table: Mutex::default(),
             draining: AtomicBool::new(false),
             secret,
-            begun: Notify::new(),
+            recovered: Notify::new(),
         }))
     }
 
@@ -306,11 +306,14 @@ impl Sessions {
             self.0.metrics.recovered.with_label_values(&["kept"]).inc();
         }
         self.0.metrics.sessions.set(self.0.table().len() as i64);
-        self.0.begun.notify_one();
+        self.0.recovered.notify_one();
     }
 
     /// The engine has these no more: tells their sessions, at the next run of each.
     pub(crate) fn missing(&self, gone: &HashSet<SandboxId>) {
+        if gone.is_empty() {
+            return;
+        }
         for session in self.0.all() {
             let Ok(mut seat) = session.seat.clone().try_lock_owned() else { continue }; // its run will see
             let mut glance = session.glance();
@@ -435,7 +438,7 @@ impl Sessions {
         &self.0.pool
     }
 
-    /// Closes what has expired; gives the moment of the next expiry.
+    /// Closes what has expired; gives the moment of the next expiry, of a session that begins later, too.
     pub(crate) fn expire(&self) -> Instant {
         let now = Instant::now();
         let mut next =
@@ -457,9 +460,9 @@ impl Sessions {
         next
     }
 
-    /// Until a session begins.
-    pub(crate) async fn begun(&self) {
-        self.0.begun.notified().await;
+    /// Until sessions of an earlier server are taken up.
+    pub(crate) async fn recovered(&self) {
+        self.0.recovered.notified().await;
     }
 
     /// The session's name outside of this program: nobody learns the user_id from it.
@@ -488,10 +491,7 @@ impl Sessions {
             let retry_after = expiries.min().map_or(Duration::ZERO, |expiry| expiry - Instant::now());
             return Err(Error::TooMany { retry_after });
         }
-        let session = table.entry(key.clone()).or_insert_with(|| {
-            self.0.begun.notify_one();
-            Arc::new(Session::new(key.clone()))
-        });
+        let session = table.entry(key.clone()).or_insert_with(|| Arc::new(Session::new(key.clone())));
         let queued = session.queued.load(Ordering::SeqCst);
         if queued > self.0.settings.queue {
             let mean = session.glance().mean.unwrap_or_default();

@@ -189,7 +189,11 @@ fn write_limits(limit: Option<Limit>, directory: &Path, spec: &SandboxSpec) -> i
         }
         Some(Limit::Processes) => write("pids.max", spec.processes.to_string()),
         Some(Limit::Cpus) => {
-            write("cpu.cfs_period_us", PERIOD_US.to_string())?;
+            // The kernel's own; a write to either of the two has it walk all groups.
+            let period = fs::read_to_string(directory.join("cpu.cfs_period_us"))?;
+            if period.trim() != PERIOD_US.to_string() {
+                write("cpu.cfs_period_us", PERIOD_US.to_string())?;
+            }
             write("cpu.cfs_quota_us", quota.to_string())
         }
         Some(Limit::Uids) => Ok(()), // no controller's
