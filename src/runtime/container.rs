@@ -120,9 +120,8 @@ pub(super) struct Program {
     compiled: OnceLock<Vec<u8>>,
 }
 
-/// Runs the compiled program, or the source where there is none yet, or an image was replaced by one with another
-/// Python. Where there is none yet it tells what it has compiled: Python's own cached form, after the number that says
-/// whose it is.
+/// Runs the compiled program, or the source where an image was replaced by one with another Python. Where it gets none,
+/// it tells what it has compiled: Python's own cached form, after the number that says whose it is.
 const LOADER: &str = "\
 import marshal, os, sys
 def take(count):
@@ -146,6 +145,8 @@ if not compiled:
 del compiled, source, magic, take
 exec(program)
 ";
+/// No Python's cached form: the loader compiles the source, and tells nobody.
+const UNCOMPILED: &[u8] = &[0];
 /// A guess: the compiled supervisor is about 65 KiB.
 const COMPILED_BYTES: u32 = 1 << 20;
 /// Some thousand times what it takes: 100 KiB, through an engine.
@@ -166,10 +167,30 @@ impl Program {
         ["python3", "-I", "-S", "-c", LOADER, mode].map(str::to_owned).to_vec()
     }
 
-    /// Hands the supervisor over to a process that waits for it; the first one compiles it for all that follow. What a
-    /// container has said on its stderr is in `words`.
-    pub(super) async fn load(&self, mut sandbox: Sandbox, words: &AllLastWords) -> Result<Sandbox> {
-        let compiled = self.compiled.get().map_or(&[][..], |compiled| compiled);
+    /// Hands the supervisor over to a process that waits for it.
+    pub(super) async fn load(&self, sandbox: Sandbox) -> Result<Sandbox> {
+        self.hand_over(self.compiled.get().map_or(UNCOMPILED, Vec::as_slice), sandbox).await
+    }
+
+    /// Likewise in a container that is new; the first one compiles it for all that follow. In no other one: whose word
+    /// this is, is then the image's, and no guest's. What a container has said on its stderr is in `words`.
+    pub(super) async fn load_new(&self, sandbox: Sandbox, words: &AllLastWords) -> Result<Sandbox> {
+        if self.compiled.get().is_some() {
+            return self.load(sandbox).await;
+        }
+        let mut sandbox = self.hand_over(&[], sandbox).await?;
+        let told = tokio::time::timeout(COMPILE_TIMEOUT, told(&mut sandbox.stream)).await;
+        let told = told.unwrap_or_else(|late| Err(io::Error::other(late)));
+        let compiled = told.map_err(|error| Error::Unusable {
+            what: "compile the supervisor with the image's python3".into(),
+            why: format!("{error} {}", words.of(&sandbox.id)).trim().to_owned(),
+            remedy: "set image to one with a python3 from 3.8 to 3.14".into(),
+        })?;
+        let _ = self.compiled.set(compiled); // several may be the first
+        Ok(sandbox)
+    }
+
+    async fn hand_over(&self, compiled: &[u8], mut sandbox: Sandbox) -> Result<Sandbox> {
         let mut bytes = Vec::new();
         for part in [compiled, self.source.as_bytes()] {
             bytes.extend_from_slice(&(part.len() as u32).to_be_bytes());
@@ -182,16 +203,6 @@ impl Program {
         let loaded = tokio::time::timeout(LOAD_TIMEOUT, loading).await;
         let loaded = loaded.unwrap_or_else(|late| Err(io::Error::other(late)));
         loaded.map_err(Error::failed("hand over the supervisor"))?;
-        if compiled.is_empty() {
-            let told = tokio::time::timeout(COMPILE_TIMEOUT, told(&mut sandbox.stream)).await;
-            let told = told.unwrap_or_else(|late| Err(io::Error::other(late)));
-            let compiled = told.map_err(|error| Error::Unusable {
-                what: "compile the supervisor with the image's python3".into(),
-                why: format!("{error} {}", words.of(&sandbox.id)).trim().to_owned(),
-                remedy: "set image to one with a python3 from 3.8 to 3.14".into(),
-            })?;
-            let _ = self.compiled.set(compiled); // several may be the first
-        }
         Ok(sandbox)
     }
 }

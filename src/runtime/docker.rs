@@ -480,7 +480,7 @@ impl Runtime for Docker {
         let make = async move {
             let sandbox = inner.make(name, &spec, Program::supervisor(Mode::Park)).await?;
             let id = sandbox.id.clone();
-            match inner.program.load(sandbox, &inner.last_words).await {
+            match inner.program.load_new(sandbox, &inner.last_words).await {
                 Ok(sandbox) => Ok(sandbox),
                 Err(error) => {
                     container::undone(inner.remove(&id).await);

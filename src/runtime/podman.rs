@@ -486,7 +486,7 @@ impl Inner {
         let begin = json!({"Detach": false, "Tty": false});
         let attached = within("start exec", self.raw.stream(&path, &begin, words)).await;
         let stream = attached.map_err(|failure| of(failure, id, "exec in"))?;
-        self.program.load(Sandbox { id: id.clone(), stream }, &self.last_words).await
+        self.program.load(Sandbox { id: id.clone(), stream }).await
     }
 
     /// Whether the operator's conmon keeps a container's stdin open (--leave-stdin-open): tried with a container
@@ -660,7 +660,7 @@ impl Runtime for Podman {
         let make = async move {
             let sandbox = inner.make(name, &spec, Program::supervisor(Mode::Park)).await?;
             let id = sandbox.id.clone();
-            match inner.program.load(sandbox, &inner.last_words).await {
+            match inner.program.load_new(sandbox, &inner.last_words).await {
                 Ok(sandbox) => Ok(sandbox),
                 Err(error) => {
                     container::undone(inner.remove(&id).await);
