@@ -384,7 +384,8 @@ async fn some_listed(client: &Client, instance: &str, names: &Names) -> Result<V
     let claimed = [ours(instance), ContainerListFilter::Name(names.claimed_pattern())];
     let mut some = list(client, ContainerListOpts::builder().filter(claimed).limit(1)).await?;
     some.extend(list(client, ContainerListOpts::builder().filter([ours(instance)]).limit(1)).await?);
-    Ok(some)
+    // Podman leaves out one that is being removed, and takes no other in its place.
+    if some.is_empty() { listed(client, instance).await } else { Ok(some) }
 }
 
 async fn list(client: &Client, options: ContainerListOptsBuilder) -> Result<Vec<Listed>> {

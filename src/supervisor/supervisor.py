@@ -596,7 +596,10 @@ def give_room():
 
 def run_cell(source, limits, extras):
     """In the scope that stays: the value of `result` where this run sets it, else of a last expression, as JSON."""
-    write_all(Cell.begun, BEGUN)
+    try:
+        write_all(Cell.begun, BEGUN)
+    except OSError:
+        os._exit(70)  # an earlier run has closed it: this kernel cannot be interrupted any more
     Cell.number += 1
     name = CELL_NAME % Cell.number
     FINDER.remember(name, source)
@@ -1062,6 +1065,13 @@ class FreshRun(Run):
         self.is_leaving = False
         super().end(ended)
 
+    def kill_process(self):
+        """It has nothing left to do; one that forged its outcome would go on beside its answer."""
+        try:
+            os.kill(self.pid, _signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+
     def is_alone(self):
         """Whether no process and no thread was started since this one: pids go up by one."""
         return time.monotonic() < self.since + LONE_S and self.pid == last_pid()
@@ -1098,8 +1108,9 @@ class KernelRun(Run):
         self.give()
         if self.why and not self.signalled:
             self.signal()
+        patience = super().patience()  # which may interrupt
         soon = self.task or (self.why and not self.signalled)
-        return min(super().patience(), 0.001 if soon else LOOK_AGAIN_S)
+        return min(patience, 0.001 if soon else LOOK_AGAIN_S)
 
     def signal(self):
         """Not before the code has begun, since a kernel at rest hears no SIGINT: `patience` tries again."""
@@ -1427,7 +1438,9 @@ class Supervisor:
         run = FreshRun(self, nonce, options, interpreter)
         run.wait()
         spent = time.monotonic() - run.since
-        if not run.is_leaving:
+        if run.is_leaving:
+            run.kill_process()
+        else:
             self.clear_up(run)
         run.drain()
         send(nonce, DONE, *self.answer(run, spent))

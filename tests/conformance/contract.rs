@@ -36,6 +36,7 @@ behaviours! {
     an_error_is_cut_at_its_cap_and_said_to_be,
     the_workspace_is_listed_as_ls_prints_it,
     the_listing_is_cut_at_its_cap,
+    nothing_is_done_after_an_answer,
     server_timing_tells_three_phases,
     a_request_id_is_taken_where_it_is_sound_and_made_where_not,
     unknown_paths_are_404_and_wrong_methods_405_with_allow,
@@ -495,6 +496,25 @@ fn the_listing_is_cut_at_its_cap(driver: &Driver) {
     let answer = server.run(&u, "open('5', 'w')");
     assert_eq!(answer["workspace_files"].as_array().unwrap().len(), 5);
     assert_eq!(answer["truncated"], json!(["workspace_files"]));
+}
+
+/// A run that tells its result itself, and then goes on, is over with its answer: what is listed is what is left.
+fn nothing_is_done_after_an_answer(driver: &Driver) {
+    let (server, u) = driver.server(&[]);
+    server.run(&u, "result = 1");
+    let code = "import fcntl, os, stat\n\
+                file = os.open('f', os.O_CREAT | os.O_WRONLY | os.O_APPEND)\n\
+                for fd in range(3, 64):\n \
+                try: pipe = stat.S_ISFIFO(os.fstat(fd).st_mode)\n \
+                except OSError: continue\n \
+                if pipe: os.write(fd, bytes([1, 0, 0, 0, 1, 0, 0, 0, 0]) + b'1')\n\
+                while True: os.write(file, b'x')";
+    let body = json!({"user_id": u, "code": code, "timeout_ms": 2000}).to_string();
+    let (_, answer) = server.post(&body);
+    let line = answer["workspace_files"][1].as_str().unwrap().to_owned();
+    let listed: u64 = line.split_whitespace().nth(4).unwrap().parse().unwrap();
+    let left = server.run(&u, "import os; result = os.path.getsize('f')");
+    assert_eq!(left["result"], listed, "{answer}");
 }
 
 fn server_timing_tells_three_phases(driver: &Driver) {
