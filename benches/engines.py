@@ -42,6 +42,16 @@ class Engine(http.client.HTTPConnection):
         self.call("DELETE", "/containers/%s?force=true&timeout=0" % identity)
         return spent
 
+    def containers(self, instance):
+        """Those that run, of a server's instance."""
+        filters = json.dumps({"label": ["codesandbox.instance=" + instance]})
+        return self.call("GET", "/containers/json?filters=" + urllib.parse.quote(filters))
+
+    def pids(self, instance):
+        """The first process of each of them."""
+        ids = [one["Id"] for one in self.containers(instance)]
+        return [self.call("GET", "/containers/%s/json" % identity)["State"]["Pid"] for identity in ids]
+
 
 class Docker:
     name = "docker"
@@ -53,8 +63,7 @@ class Docker:
 
     def idle(self):
         """As a sandbox that is there, but for its program."""
-        ours = "/containers/json?filters=" + urllib.parse.quote('{"label":["codesandbox.instance=default"]}')
-        found = self.engine.call("GET", "/containers/%s/json" % self.engine.call("GET", ours)[0]["Id"])
+        found = self.engine.call("GET", "/containers/%s/json" % self.engine.containers("default")[0]["Id"])
         changed = {"Entrypoint": IDLE, "Cmd": [], "Labels": {}, "HostConfig": found["HostConfig"]}
         return {**found["Config"], **changed}
 

@@ -45,9 +45,9 @@ def percentile_ms(times, percent):
 
 
 @contextlib.contextmanager
-def serving(driver, *settings):
-    flags = [flag for setting in (*settings, "session.max=1000") for flag in ("--set", setting)]
-    server = Server(*driver.flags, "--instance", INSTANCE, *flags, prefix=driver.prefix)
+def serving(driver, *settings, instance=INSTANCE):
+    flags = [flag for setting in ("session.max=1000", *settings) for flag in ("--set", setting)]
+    server = Server(*driver.flags, "--instance", instance, *flags, prefix=driver.prefix)
     try:
         yield server
     finally:

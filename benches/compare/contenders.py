@@ -4,7 +4,7 @@ Where a choice is open, it is the one that is faster for them: no web server bef
 than the command, no imports of `site` under bubblewrap, no set-up of a virtual environment in llm-sandbox.
 """
 
-import concurrent.futures, http.client, json, os, shutil, subprocess, tempfile, time, urllib.parse
+import concurrent.futures, http.client, json, os, shutil, subprocess, tempfile, time
 
 import memory
 from engines import IMAGE, Docker, Podman
@@ -386,12 +386,9 @@ class Codesandbox(Contender):
         """All of the server that has no pool: nobody else is there."""
         if self.driver.name == "embedded":
             return self.cold.sandbox_pids()
-        engine = self.driver.engine
-        ours = '{"label":["codesandbox.instance=compare-%s-cold"]}' % OURS
-        listed = engine.call("GET", "/containers/json?filters=" + urllib.parse.quote(ours))
-        assert len(listed) == len(users), "%d containers of %d users" % (len(listed), len(users))
-        inspected = (engine.call("GET", "/containers/%s/json" % one["Id"]) for one in listed)
-        return memory.below([one["State"]["Pid"] for one in inspected], keeper=True)
+        pids = self.driver.engine.pids("compare-%s-cold" % OURS)
+        assert len(pids) == len(users), "%d containers of %d users" % (len(pids), len(users))
+        return memory.below(pids, keeper=True)
 
     def stop(self):
         in_parallel(Server.stop, self.servers)

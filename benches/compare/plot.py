@@ -35,20 +35,22 @@ class Panel:
 def draw(path, names, panels):
     height = TOP + ROW * len(names) + BOTTOM
     width = NAMES + (WIDTH + GAP) * len(panels)
-    size = (width, height)
-    head = '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 %d %d" width="%d" height="%d">'
-    parts = [head % (size + size)]
-    parts.append("<style>%s</style>" % STYLE)
+    parts = []
     for row, name in enumerate(names):
         parts.append(text(0, TOP + ROW * (row + 0.5) + 4, name, "ours" if is_ours(name) else ""))
     for column, panel in enumerate(panels):
         parts.append('<g transform="translate(%d 0)">' % (NAMES + (WIDTH + GAP) * column))
         parts += [*axis(panel, len(names)), *marks(panel, names), "</g>"]
     parts.append(text(NAMES, height - 6, "Logarithmic scales; the number beside a line is its first point.", "small"))
-    parts.append("</svg>\n")
+    write(path, width, height, parts)
+
+
+def write(path, width, height, parts, style=""):
+    size = (width, height)
+    head = '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 %d %d" width="%d" height="%d">'
     os.makedirs(os.path.dirname(path), exist_ok=True)
     with open(path, "w") as file:
-        file.write("\n".join(parts))
+        file.write("\n".join([head % (size + size), "<style>%s</style>" % (STYLE + style), *parts, "</svg>\n"]))
 
 
 def is_ours(name):
