@@ -1,8 +1,7 @@
 //! Floor 0: the phases of a run, as spans, so that the log can show where the time of a request went.
 //!
-//! `CODESANDBOX_LOG=info,codesandbox::phase=debug` logs the end of each, with its time, below the request that it belongs
-//! to.
-//! Otherwise they cost a load and a branch each.
+//! `CODESANDBOX_LOG=info,codesandbox::phase=debug` logs the end of each, with its time, below its request. Otherwise
+//! they cost a load and a branch each.
 
 /// Of the spans; nothing else has it.
 pub const TARGET: &str = "codesandbox::phase";

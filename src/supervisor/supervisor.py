@@ -888,6 +888,12 @@ class Capture:
                 self.tell(b"")  # nothing follows
         return bool(data)
 
+    def empty(self):
+        """Reads what is there: 16 reads empty a full pipe."""
+        for _ in range(16):
+            if not self.read():
+                break
+
     def go_on(self, cap, tell):
         """For the next run, whose answer has what has come since the last one, up to half of what it may have."""
         old = self.bytes()
@@ -954,10 +960,7 @@ class Run:
             self.signal()
 
     def signal(self):
-        try:
-            os.kill(self.pid, _signal.SIGINT)
-        except ProcessLookupError:
-            pass  # it has just ended; the forker is about to say so
+        send_signal(self.pid, _signal.SIGINT)
 
     def expire(self):
         if not self.why:
@@ -1036,11 +1039,9 @@ class Run:
         self.supervisor.serve(fd, self)
 
     def drain(self):
-        """What is still in the pipes, now that nobody writes any more: 16 reads empty a full one."""
+        """What is still in the pipes, now that nobody writes any more."""
         for capture in (self.out, self.err, self.result):
-            for _ in range(16):
-                if not capture.read():
-                    break
+            capture.empty()
 
 
 class FreshRun(Run):
@@ -1077,10 +1078,7 @@ class FreshRun(Run):
 
     def kill_process(self):
         """It has nothing left to do; one that forged its outcome would go on beside its answer."""
-        try:
-            os.kill(self.pid, _signal.SIGKILL)
-        except ProcessLookupError:
-            pass
+        send_signal(self.pid, _signal.SIGKILL)
 
     def is_alone(self):
         """Whether no process and no thread was started since this one: pids go up by one."""
@@ -1141,9 +1139,7 @@ class KernelRun(Run):
 
     def lost(self):
         """The kernel is dead, and all that it had started is to be, too. After an outcome that is the next run's affair."""
-        for _ in range(16):  # which empty a full socket
-            if not self.result.read():
-                break
+        self.result.empty()
         if self.is_whole():
             self.status = 0
             return
@@ -1164,9 +1160,7 @@ class KernelRun(Run):
     def drain(self):
         self.cpu_us = int(((cpu_time(self.pid) or self.cpu_before) - self.cpu_before) * 1e6)
         for capture in (self.out, self.err):
-            for _ in range(16):
-                if not capture.read():
-                    break
+            capture.empty()
 
 
 class Kernel:
@@ -1283,6 +1277,14 @@ def page_faults(pid):
         return None
 
 
+def send_signal(pid, signal):
+    """Fine where the process has just ended."""
+    try:
+        os.kill(pid, signal)
+    except ProcessLookupError:
+        pass
+
+
 def kill_all(kernel=None):
     """Kills every process but this one, and a kernel and its children; False where there was none."""
     try:
@@ -1323,10 +1325,7 @@ def kill_all_but(kin):
     kept, others = kin
     for pids, signal in ((others, _signal.SIGKILL), (kept, _signal.SIGCONT)):
         for pid in pids:
-            try:
-                os.kill(pid, signal)
-            except ProcessLookupError:
-                pass
+            send_signal(pid, signal)
     return bool(others)
 
 

@@ -502,7 +502,7 @@ fn the_listing_is_cut_at_its_cap(driver: &Driver) {
 fn nothing_is_done_after_an_answer(driver: &Driver) {
     let (server, u) = driver.server(&[]);
     server.run(&u, "result = 1");
-    let code = "import fcntl, os, stat\n\
+    let code = "import os, stat\n\
                 file = os.open('f', os.O_CREAT | os.O_WRONLY | os.O_APPEND)\n\
                 for fd in range(3, 64):\n \
                 try: pipe = stat.S_ISFIFO(os.fstat(fd).st_mode)\n \
