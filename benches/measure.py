@@ -8,7 +8,7 @@ the median over the rounds. Needs only the standard library; the rate of 8 users
 The floor is benches/floor.py under the interpreter that the sandboxes have. Linux, and best as root.
 """
 
-import argparse, json, os, re, shutil, signal, socket, statistics, subprocess, sys, tempfile, threading, time
+import argparse, atexit, json, os, re, shutil, signal, socket, statistics, subprocess, sys, tempfile, threading, time
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 PROGRAM = os.path.join(HERE, "..", "target", "release", "codesandbox")
@@ -65,6 +65,7 @@ class Server:
         else:
             sys.exit("the server did not start")
         threading.Thread(target=self.process.stderr.read, daemon=True).start()
+        atexit.register(self.stop)  # also where a measurement fails
 
     def stop(self):
         self.process.send_signal(signal.SIGTERM)

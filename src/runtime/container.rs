@@ -167,6 +167,11 @@ impl Program {
         ["python3", "-I", "-S", "-c", LOADER, mode].map(str::to_owned).to_vec()
     }
 
+    /// Whether an image's python3 has proved that it can.
+    pub(super) fn is_compiled(&self) -> bool {
+        self.compiled.get().is_some()
+    }
+
     /// Hands the supervisor over to a process that waits for it.
     pub(super) async fn load(&self, sandbox: Sandbox) -> Result<Sandbox> {
         self.hand_over(self.compiled.get().map_or(UNCOMPILED, Vec::as_slice), sandbox).await
@@ -175,7 +180,7 @@ impl Program {
     /// Likewise in a container that is new; the first one compiles it for all that follow. In no other one: whose word
     /// this is, is then the image's, and no guest's. What a container has said on its stderr is in `words`.
     pub(super) async fn load_new(&self, sandbox: Sandbox, words: &AllLastWords) -> Result<Sandbox> {
-        if self.compiled.get().is_some() {
+        if self.is_compiled() {
             return self.load(sandbox).await;
         }
         let mut sandbox = self.hand_over(&[], sandbox).await?;
