@@ -1,7 +1,7 @@
 //! Control groups: the limits of a sandbox as a whole, where this process may write them.
 //!
 //! Version 2 needs a delegated group; the sandbox is then born in its own. Version 1 has a hierarchy for
-//! each controller, into which the running process is moved while its Python starts.
+//! each controller, in each of which the sandbox's first process takes its place before it does anything else.
 
 use std::fs;
 use std::io;
@@ -11,6 +11,7 @@ use std::time::Duration;
 
 use rustix::fs::{Mode, OFlags};
 
+use super::wire::Entrance;
 use crate::runtime::{Limit, SandboxSpec};
 
 /// Microseconds over which the CPU quota counts: the kernel's own default.
@@ -127,26 +128,19 @@ pub(super) struct Group {
 }
 
 impl Group {
-    /// The directory to be born in, for version 2.
-    pub(super) fn open(&self) -> io::Result<Option<OwnedFd>> {
-        match self.directories.first() {
-            Some((None, directory)) => Ok(Some(rustix::fs::open(
-                directory,
-                OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC,
-                Mode::empty(),
-            )?)),
-            _ => Ok(None),
-        }
+    pub(super) fn entrance(&self) -> Entrance {
+        if self.version_2 { Entrance::BornIn } else { Entrance::Tasks }
     }
 
-    /// Moves a process into the groups of version 1; about 7 ms each on a kernel that waits for RCU.
-    pub(super) fn attach(&self, pid: u32) -> io::Result<()> {
-        for (limit, directory) in &self.directories {
-            if limit.is_some() {
-                fs::write(directory.join("cgroup.procs"), pid.to_string())?;
+    /// What `entrance` needs: the group's directory, or the `tasks` of each hierarchy.
+    pub(super) fn open(&self) -> io::Result<Vec<OwnedFd>> {
+        let open = |(_, directory): &(_, PathBuf)| match self.entrance() {
+            Entrance::BornIn => rustix::fs::open(directory, OFlags::PATH | OFlags::CLOEXEC, Mode::empty()),
+            Entrance::Tasks => {
+                rustix::fs::open(directory.join("tasks"), OFlags::WRONLY | OFlags::CLOEXEC, Mode::empty())
             }
-        }
-        Ok(())
+        };
+        Ok(self.directories.iter().map(open).collect::<Result<_, _>>()?)
     }
 
     /// Processes in it that were killed for want of memory; `None` where nobody counts.

@@ -19,7 +19,7 @@ use rustix::thread::{UnshareFlags, unshare_unsafe};
 use super::layers::{NAMESPACES, OOM_SCORE_ADJ, SANDBOX_ID};
 use super::sandbox::{Entry, enter};
 use super::template::Template;
-use super::wire::{self, Failure, Ids, Preparation, Program, Reply, Request, step};
+use super::wire::{self, Entrance, Failure, Ids, Preparation, Program, Reply, Request, step};
 use super::{LAUNCHER_ARGUMENT, seccomp};
 use crate::runtime::SandboxSpec;
 use crate::runtime::guest::SECCOMP_PROFILE;
@@ -137,10 +137,12 @@ impl Launcher {
 
     fn obey(&mut self, socket: BorrowedFd<'_>, request: Request, fds: Vec<OwnedFd>) -> io::Result<()> {
         match request {
-            Request::Create { number, spec, program } => match self.create(number, &spec, program, fds) {
-                Ok(pidfd) => wire::send(socket, &Reply::Created { number }, &[pidfd.as_fd()]),
-                Err(failure) => wire::send(socket, &Reply::Failed { number, failure }, &[]),
-            },
+            Request::Create { number, spec, program, entrance } => {
+                match self.create(number, &spec, program, entrance, fds) {
+                    Ok(pidfd) => wire::send(socket, &Reply::Created { number }, &[pidfd.as_fd()]),
+                    Err(failure) => wire::send(socket, &Reply::Failed { number, failure }, &[]),
+                }
+            }
             Request::Install => match self.install(fds) {
                 Ok(()) => wire::send(socket, &Reply::Ready, &[]),
                 Err(failure) => wire::send(socket, &Reply::Unusable(failure), &[]),
@@ -161,19 +163,25 @@ impl Launcher {
         number: u64,
         spec: &SandboxSpec,
         program: Program,
+        entrance: Entrance,
         fds: Vec<OwnedFd>,
     ) -> Result<OwnedFd, Failure> {
         let mut fds = fds.into_iter();
-        let (Some(stream), Some(stderr), cgroup) = (fds.next(), fds.next(), fds.next()) else {
+        let (Some(stream), Some(stderr)) = (fds.next(), fds.next()) else {
             return Err(Failure { step: "take descriptors: too few came".into(), errno: 0 });
+        };
+        let (born_in, tasks) = match entrance {
+            Entrance::BornIn => (fds.next(), Vec::new()),
+            Entrance::Tasks => (None, fds.collect()),
         };
         let (mapped, map) = step("pipe2", pipe_with(PipeFlags::CLOEXEC))?;
         let (failed, fail) = step("pipe2", pipe_with(PipeFlags::CLOEXEC))?;
-        let (pid, pidfd) = match step("clone3", clone(cgroup.as_ref().map(AsFd::as_fd)))? {
+        let (pid, pidfd) = match step("clone3", clone(born_in.as_ref().map(AsFd::as_fd)))? {
             Clone::Parent { pid, pidfd } => (pid, pidfd),
             Clone::Child => {
                 drop((map, failed));
                 let entry = Entry {
+                    tasks,
                     mapped,
                     stream,
                     stderr,
@@ -187,7 +195,7 @@ impl Launcher {
             }
         };
         self.alive.insert(pid, number);
-        drop((mapped, fail, stream, stderr));
+        drop((tasks, mapped, fail, stream, stderr));
         let released = set_ids(pid, number, self.preparation.ids)
             .and_then(|()| step("release the sandbox", fs::File::from(map).write_all(&[1])));
         match released.and_then(|()| outcome(failed)) {

@@ -15,7 +15,7 @@ use tokio::process::{Child, Command};
 use tokio::sync::{oneshot, watch};
 
 use super::layers::{FIRST_ROOT_ID, ROOT_IDS};
-use super::wire::{self, Failure, Ids, Preparation, Program, Reply, Request};
+use super::wire::{self, Entrance, Failure, Ids, Preparation, Program, Reply, Request};
 use super::{LAUNCHER_ARGUMENT, lock, remedy};
 use crate::runtime::{Error, Fate, Result, SandboxSpec};
 
@@ -106,6 +106,7 @@ impl Link {
         number: u64,
         spec: &SandboxSpec,
         program: Program,
+        entrance: Entrance,
         fds: &[BorrowedFd<'_>],
     ) -> Result<(OwnedFd, Exit)> {
         let (made, reply) = oneshot::channel();
@@ -117,7 +118,7 @@ impl Link {
             }
             None => return Err(gone()),
         }
-        let request = Request::Create { number, spec: spec.clone(), program };
+        let request = Request::Create { number, spec: spec.clone(), program, entrance };
         send(&self.socket, &request, fds).await.map_err(Error::failed("ask the launcher for a sandbox"))?;
         match reply.await {
             Ok(Ok(pidfd)) => Ok((pidfd, Exit(exit))),

@@ -38,7 +38,7 @@ use cgroup::{Group, Hierarchy};
 pub use launcher::run_if_asked;
 use layers::SUPERVISOR_OOM_SCORE_ADJ;
 use link::{Exit, Link};
-use wire::{Preparation, Program};
+use wire::{Entrance, Preparation, Program};
 
 /// The hidden argument by which the server starts its launcher.
 const LAUNCHER_ARGUMENT: &str = "__codesandbox_launcher";
@@ -183,10 +183,10 @@ impl Inner {
         let flags = rustix::pipe::PipeFlags::CLOEXEC | rustix::pipe::PipeFlags::NONBLOCK;
         let (stderr, their_stderr) =
             rustix::pipe::pipe_with(flags).map_err(io::Error::from).map_err(wrap("make the stderr"))?;
-        let born_in = group.as_ref().map_or(Ok(None), Group::open).map_err(wrap("open the cgroup"))?;
-        let fds = [Some(theirs.as_fd()), Some(their_stderr.as_fd()), born_in.as_ref().map(AsFd::as_fd)];
-        let (pidfd, exit) =
-            link.create(number, spec, program, &fds.into_iter().flatten().collect::<Vec<_>>()).await?;
+        let entrance = group.as_ref().map_or(Entrance::Tasks, Group::entrance);
+        let opened = group.as_ref().map_or(Ok(Vec::new()), Group::open).map_err(wrap("open the cgroup"))?;
+        let fds = [theirs.as_fd(), their_stderr.as_fd()].into_iter().chain(opened.iter().map(AsFd::as_fd));
+        let (pidfd, exit) = link.create(number, spec, program, entrance, &fds.collect::<Vec<_>>()).await?;
         let stream = UnixStream::from_std(ours).map_err(wrap("use the stream"))?;
         Ok((stream, Live { pidfd, group: Mutex::new(group), stderr, claim: Mutex::new(None), exit }))
     }
@@ -202,15 +202,7 @@ impl Inner {
             .map_err(Error::failed("make the control group of a new sandbox"))?;
         let (stream, live) = self.launch(&link, number, &spec, Program::Supervisor, Some(group)).await?;
         let (id, live) = (SandboxId(number.to_string()), Arc::new(live));
-        lock(&self.alive).insert(id.clone(), live.clone());
-        let attached = tokio::task::spawn_blocking(move || live.attach_group()).await;
-        if let Err(error) = attached.unwrap_or_else(|panic| Err(io::Error::other(panic))) {
-            self.remove(&id).await?;
-            return Err(Error::Failed {
-                what: "move a new sandbox into its control group".into(),
-                source: error,
-            });
-        }
+        lock(&self.alive).insert(id.clone(), live);
         Ok(Sandbox { id, stream: Box::new(stream) })
     }
 
@@ -278,13 +270,6 @@ impl Live {
         let information = fs::read_to_string(format!("/proc/self/fdinfo/{}", self.pidfd.as_raw_fd()))?;
         let pid = information.lines().find_map(|line| line.strip_prefix("Pid:")?.trim().parse().ok());
         pid.ok_or_else(|| io::Error::other("the pidfd tells no pid"))
-    }
-
-    fn attach_group(&self) -> io::Result<()> {
-        match &*lock(&self.group) {
-            Some(group) => group.attach(self.pid()?),
-            None => Ok(()),
-        }
     }
 
     /// From now on, since its forker has been forked, a lack of memory takes a run before the supervisor.

@@ -6,7 +6,7 @@
 use std::convert::Infallible;
 use std::ffi::CString;
 use std::fs;
-use std::io::{self, Read};
+use std::io::{self, Read, Write};
 use std::os::fd::{AsRawFd, IntoRawFd, OwnedFd};
 use std::path::Path;
 
@@ -25,6 +25,8 @@ use crate::runtime::guest::{self, HOSTNAME};
 
 /// What the launcher hands to a new sandbox.
 pub(super) struct Entry<'a> {
+    /// Of its control groups of version 1: see `Entrance::Tasks`.
+    pub(super) tasks: Vec<OwnedFd>,
     /// Closed by the launcher once the ids are mapped; it writes one byte first.
     pub(super) mapped: OwnedFd,
     /// Becomes stdin and stdout.
@@ -49,7 +51,8 @@ pub(super) fn enter(entry: Entry<'_>) -> Failure {
 }
 
 fn try_enter(entry: Entry<'_>) -> Result<Infallible, Failure> {
-    let Entry { mapped, stream, stderr, spec, program, python, filter, may_drop_groups } = entry;
+    let Entry { tasks, mapped, stream, stderr, spec, program, python, filter, may_drop_groups } = entry;
+    step("join the control groups", tasks.into_iter().try_for_each(join))?;
     step("wait for the ids", wait_for(mapped))?;
     step("setresuid", take_ids(may_drop_groups))?;
     step("setsid", setsid())?;
@@ -69,6 +72,10 @@ fn try_enter(entry: Entry<'_>) -> Result<Infallible, Failure> {
     step("PR_SET_NO_NEW_PRIVS", rustix::thread::set_no_new_privs(true))?;
     step("seccomp", filter.install())?;
     Err(Failure::new("execve of the interpreter", &execute(&arguments, &environment)))
+}
+
+fn join(tasks: OwnedFd) -> io::Result<()> {
+    fs::File::from(tasks).write_all(b"0") // whoever writes
 }
 
 fn wait_for(mapped: OwnedFd) -> io::Result<()> {

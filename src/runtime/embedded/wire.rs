@@ -15,8 +15,8 @@ use crate::runtime::SandboxSpec;
 
 /// No message comes near it: they carry numbers and paths.
 const MESSAGE_BYTES: usize = 64 * 1024;
-/// The most descriptors that one message carries: stream, stderr, cgroup.
-const DESCRIPTORS: usize = 3;
+/// The most descriptors that one message carries: stream, stderr, three hierarchies of control groups.
+const DESCRIPTORS: usize = 5;
 
 /// What the server asks of the launcher.
 #[derive(Debug, Serialize, Deserialize)]
@@ -27,8 +27,8 @@ pub(super) enum Request {
     Mapped { ids: Ids },
     /// Put the compiled supervisor, which the descriptor holds, in its place.
     Install,
-    /// Make a sandbox. Descriptors: its stdin and stdout, its stderr, and its cgroup where it has a v2 one.
-    Create { number: u64, spec: SandboxSpec, program: Program },
+    /// Make a sandbox. Descriptors: its stdin and stdout, its stderr, and those of its control group.
+    Create { number: u64, spec: SandboxSpec, program: Program, entrance: Entrance },
 }
 
 /// What the root file system of every sandbox is made of.
@@ -60,6 +60,16 @@ pub(super) enum Program {
     Supervisor,
     /// Compiles the supervisor from its stdin to its stdout, once for all sandboxes.
     Compiler,
+}
+
+/// How a sandbox gets into its control group, by the group's descriptors.
+#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
+pub(super) enum Entrance {
+    /// Version 2: it is born in that directory.
+    BornIn,
+    /// Version 1: its first process writes itself into these files, as the first thing that it does. A thread that
+    /// moves itself is the one that the kernel moves without waiting for an RCU grace period (7 ms and more), since 5.5.
+    Tasks,
 }
 
 /// What the launcher says.
