@@ -129,14 +129,14 @@ pub(super) struct Group {
 
 impl Group {
     pub(super) fn entrance(&self) -> Entrance {
-        if self.version_2 { Entrance::BornIn } else { Entrance::Tasks }
+        if self.version_2 { Entrance::BornIn } else { Entrance::Tasks(self.directories.len()) }
     }
 
     /// What `entrance` needs: the group's directory, or the `tasks` of each hierarchy.
     pub(super) fn open(&self) -> io::Result<Vec<OwnedFd>> {
         let open = |(_, directory): &(_, PathBuf)| match self.entrance() {
             Entrance::BornIn => rustix::fs::open(directory, OFlags::PATH | OFlags::CLOEXEC, Mode::empty()),
-            Entrance::Tasks => {
+            Entrance::Tasks(_) => {
                 rustix::fs::open(directory.join("tasks"), OFlags::WRONLY | OFlags::CLOEXEC, Mode::empty())
             }
         };

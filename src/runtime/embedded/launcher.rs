@@ -170,9 +170,13 @@ impl Launcher {
         let (Some(stream), Some(stderr)) = (fds.next(), fds.next()) else {
             return Err(Failure { step: "take descriptors: too few came".into(), errno: 0 });
         };
+        let group: Vec<_> = fds.collect();
+        if group.len() != entrance.descriptors() {
+            return Err(Failure { step: "take the control groups: too few came".into(), errno: 0 });
+        }
         let (born_in, tasks) = match entrance {
-            Entrance::BornIn => (fds.next(), Vec::new()),
-            Entrance::Tasks => (None, fds.collect()),
+            Entrance::BornIn => (group.into_iter().next(), Vec::new()),
+            Entrance::Tasks(_) => (None, group),
         };
         let (mapped, map) = step("pipe2", pipe_with(PipeFlags::CLOEXEC))?;
         let (failed, fail) = step("pipe2", pipe_with(PipeFlags::CLOEXEC))?;
@@ -196,9 +200,11 @@ impl Launcher {
         };
         self.alive.insert(pid, number);
         drop((tasks, mapped, fail, stream, stderr));
-        let released = set_ids(pid, number, self.preparation.ids)
-            .and_then(|()| step("release the sandbox", fs::File::from(map).write_all(&[1])));
-        match released.and_then(|()| outcome(failed)) {
+        let begun = set_ids(pid, number, self.preparation.ids).and_then(|()| {
+            let released = step("release the sandbox", fs::File::from(map).write_all(&[1]));
+            outcome(failed).and(released) // one that has failed before tells more than a broken pipe does
+        });
+        match begun {
             Ok(()) => Ok(pidfd),
             Err(failure) => {
                 self.alive.remove(&pid); // nobody was told of it, so nobody waits for its end
@@ -250,7 +256,7 @@ enum Clone {
     Child,
 }
 
-/// A child in namespaces of its own, and in its cgroup from its first instruction where there is one.
+/// A child in namespaces of its own, and in its version 2 cgroup from its first instruction where there is one.
 fn clone(cgroup: Option<BorrowedFd<'_>>) -> io::Result<Clone> {
     let mut pidfd: libc::c_int = -1;
     // SAFETY: an all-zero clone_args asks for nothing; the fields set below are valid for the call.

@@ -119,7 +119,13 @@ impl Link {
             None => return Err(gone()),
         }
         let request = Request::Create { number, spec: spec.clone(), program, entrance };
-        send(&self.socket, &request, fds).await.map_err(Error::failed("ask the launcher for a sandbox"))?;
+        if let Err(error) = send(&self.socket, &request, fds).await {
+            if let Some(book) = &mut *lock(&self.waiting.0) {
+                book.made.remove(&number);
+                book.ends.remove(&number);
+            }
+            return Err(Error::failed("ask the launcher for a sandbox")(error));
+        }
         match reply.await {
             Ok(Ok(pidfd)) => Ok((pidfd, Exit(exit))),
             Ok(Err(failure)) => Err(remedy::of(&failure)),

@@ -183,10 +183,17 @@ impl Inner {
         let flags = rustix::pipe::PipeFlags::CLOEXEC | rustix::pipe::PipeFlags::NONBLOCK;
         let (stderr, their_stderr) =
             rustix::pipe::pipe_with(flags).map_err(io::Error::from).map_err(wrap("make the stderr"))?;
-        let entrance = group.as_ref().map_or(Entrance::Tasks, Group::entrance);
+        let entrance = group.as_ref().map_or(Entrance::Tasks(0), Group::entrance);
         let opened = group.as_ref().map_or(Ok(Vec::new()), Group::open).map_err(wrap("open the cgroup"))?;
         let fds = [theirs.as_fd(), their_stderr.as_fd()].into_iter().chain(opened.iter().map(AsFd::as_fd));
-        let (pidfd, exit) = link.create(number, spec, program, entrance, &fds.collect::<Vec<_>>()).await?;
+        let (pidfd, exit) = match link.create(number, spec, program, entrance, &fds.collect::<Vec<_>>()).await
+        {
+            Ok(made) => made,
+            Err(error) => {
+                tokio::task::spawn_blocking(move || drop(group)); // which waits for what is still dying there
+                return Err(error);
+            }
+        };
         let stream = UnixStream::from_std(ours).map_err(wrap("use the stream"))?;
         Ok((stream, Live { pidfd, group: Mutex::new(group), stderr, claim: Mutex::new(None), exit }))
     }

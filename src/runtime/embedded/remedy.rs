@@ -25,6 +25,9 @@ const OWN_LIMITS: &str = "raise the server's own limits above limits.open_files 
 const PATHS: &str =
     "check that the path exists and that this user may read it (embedded.rootfs, embedded.python)";
 
+const GROUPS: &str = "check that nobody else moves, limits or removes the control groups codesandbox-INSTANCE-PID that \
+                      lie below this server's own (/proc/self/cgroup)";
+
 /// The error of a failed step, with its remedy.
 pub(super) fn of(failure: &Failure) -> Error {
     let error = failure.error();
@@ -38,6 +41,8 @@ pub(super) fn of(failure: &Failure) -> Error {
         if rustix::process::geteuid().is_root() { IN_A_CONTAINER } else { USER_NAMESPACES }
     } else if begins(&["setrlimit"]) {
         OWN_LIMITS
+    } else if begins(&["join its control groups"]) {
+        GROUPS
     } else if begins(&["open", "read"]) {
         PATHS
     } else {

@@ -52,7 +52,7 @@ pub(super) fn enter(entry: Entry<'_>) -> Failure {
 
 fn try_enter(entry: Entry<'_>) -> Result<Infallible, Failure> {
     let Entry { tasks, mapped, stream, stderr, spec, program, python, filter, may_drop_groups } = entry;
-    step("join the control groups", tasks.into_iter().try_for_each(join))?;
+    step("join its control groups", tasks.into_iter().try_for_each(join))?;
     step("wait for the ids", wait_for(mapped))?;
     step("setresuid", take_ids(may_drop_groups))?;
     step("setsid", setsid())?;

@@ -67,9 +67,19 @@ pub(super) enum Program {
 pub(super) enum Entrance {
     /// Version 2: it is born in that directory.
     BornIn,
-    /// Version 1: its first process writes itself into these files, as the first thing that it does. A thread that
+    /// Version 1: its first process writes itself into that many files, as the first thing that it does. A thread that
     /// moves itself is the one that the kernel moves without waiting for an RCU grace period (7 ms and more), since 5.5.
-    Tasks,
+    Tasks(usize),
+}
+
+impl Entrance {
+    /// How many there must be: with fewer a sandbox would lack a limit, and nobody would notice.
+    pub(super) fn descriptors(self) -> usize {
+        match self {
+            Entrance::BornIn => 1,
+            Entrance::Tasks(hierarchies) => hierarchies,
+        }
+    }
 }
 
 /// What the launcher says.
