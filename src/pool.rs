@@ -371,7 +371,12 @@ impl Inner {
             source: std::io::Error::other(panic),
         })??;
         let made = Made::new(self.engine.clone(), sandbox.id.clone(), permit);
-        match Supervisor::attach(sandbox.stream, caps, deadline).await {
+        let greeted = tokio::select! {
+            biased;
+            greeted = Supervisor::attach(sandbox.stream, caps, deadline) => greeted,
+            () = self.engine.end(&sandbox.id) => Err(supervisor::Error::Ended),
+        };
+        match greeted {
             Ok((supervisor, _)) => Ok(made.greeted(supervisor)),
             Err(error) => {
                 let fate = runtime.fate(&sandbox.id).await;

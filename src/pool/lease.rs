@@ -11,12 +11,14 @@ use tokio::time::Instant;
 use super::capacity::Permit;
 use super::ledger;
 use crate::metrics::{Counted, Metrics};
-use crate::runtime::{self, SandboxId, SessionKey, SharedRuntime};
+use crate::runtime::{self, Fate, SandboxId, SessionKey, SharedRuntime};
 use crate::supervisor::Supervisor;
 
 /// The engine is told of a claim when the session's first run is over, or that long after its begin: before, it would
 /// only slow it down.
 const CLAIM_PAUSE: Duration = Duration::from_millis(20);
+/// Between two looks at a new sandbox that says nothing: a guess, ten times what a hello takes.
+const LOOK_PAUSE: Duration = Duration::from_secs(2);
 /// A driver's removal that takes longer is tried again.
 const REMOVE_TIMEOUT: Duration = Duration::from_secs(20);
 
@@ -35,6 +37,16 @@ impl Engine {
 
     pub(super) fn counted(&self, state: &str) -> Counted {
         Counted::new(self.metrics.sandboxes.with_label_values(&[state]))
+    }
+
+    /// Comes back once the engine says that the sandbox has ended, which its stream may never do.
+    pub(super) async fn end(&self, id: &SandboxId) {
+        loop {
+            tokio::time::sleep(LOOK_PAUSE).await;
+            if let Ok(Fate::Exited { .. } | Fate::OutOfMemory | Fate::Gone) = self.runtime.fate(id).await {
+                return;
+            }
+        }
     }
 
     /// Until it is gone, however often that takes.

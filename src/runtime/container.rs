@@ -167,7 +167,7 @@ impl Program {
         ["python3", "-I", "-S", "-c", LOADER, mode].map(str::to_owned).to_vec()
     }
 
-    /// Whether an image's python3 has proved that it can.
+    /// Whether one has told: from then on this process knows that the image's python3 can.
     pub(super) fn is_compiled(&self) -> bool {
         self.compiled.get().is_some()
     }
@@ -528,5 +528,66 @@ mod tests {
         let mut text = String::new();
         duplex(output, tokio::io::sink(), words.clone()).read_to_string(&mut text).await.unwrap();
         assert_eq!((text.as_str(), words.to_string().as_str()), ("ab", "oops"));
+    }
+
+    fn sandbox() -> (Sandbox, tokio::io::DuplexStream) {
+        let (ours, theirs) = tokio::io::duplex(1 << 16);
+        (Sandbox { id: SandboxId("a".into()), stream: Box::new(ours) }, theirs)
+    }
+
+    /// What the loader gets: the compiled program, and the source.
+    async fn handed_over(theirs: &mut tokio::io::DuplexStream) -> [Vec<u8>; 2] {
+        let mut parts = [Vec::new(), Vec::new()];
+        for part in &mut parts {
+            part.resize(theirs.read_u32().await.unwrap() as usize, 0);
+            theirs.read_exact(part).await.unwrap();
+        }
+        parts
+    }
+
+    #[tokio::test]
+    async fn a_new_container_compiles_for_all_that_follow() {
+        let program = Program::new("source");
+        let ((first, mut loader), words) = (sandbox(), AllLastWords::default());
+        let compile = async {
+            assert_eq!(handed_over(&mut loader).await, [b"".to_vec(), b"source".to_vec()]);
+            loader.write_all(b"\0\0\0\x08compiledhello").await.unwrap();
+        };
+        let (loaded, ()) = tokio::join!(program.load_new(first, &words), compile);
+        let mut hello = [0; 5];
+        loaded.unwrap().stream.read_exact(&mut hello).await.unwrap();
+        assert_eq!(&hello, b"hello");
+        for new in [true, false] {
+            let (next, mut loader) = sandbox();
+            let loaded = if new { program.load_new(next, &words).await } else { program.load(next).await };
+            let _stream = loaded.unwrap();
+            assert_eq!(handed_over(&mut loader).await, [b"compiled".to_vec(), b"source".to_vec()]);
+        }
+    }
+
+    /// A guest may have been there: what it would tell is no program of ours.
+    #[tokio::test]
+    async fn a_container_that_is_not_new_is_never_asked_what_it_has_compiled() {
+        let program = Program::new("source");
+        let (old, mut loader) = sandbox();
+        let _stream = program.load(old).await.unwrap();
+        assert_eq!(handed_over(&mut loader).await, [UNCOMPILED.to_vec(), b"source".to_vec()]);
+        assert!(!program.is_compiled());
+    }
+
+    #[tokio::test]
+    async fn an_image_that_says_something_else_is_unusable() {
+        for said in [&b"\0\0\0\0"[..], b"\xff\xff\xff\xff", b"\0\0\0\x08half"] {
+            let program = Program::new("source");
+            let ((first, mut loader), words) = (sandbox(), AllLastWords::default());
+            let say = async {
+                handed_over(&mut loader).await;
+                loader.write_all(said).await.unwrap();
+                drop(loader);
+            };
+            let (loaded, ()) = tokio::join!(program.load_new(first, &words), say);
+            assert!(matches!(loaded, Err(Error::Unusable { .. })), "{said:?}");
+            assert!(!program.is_compiled());
+        }
     }
 }

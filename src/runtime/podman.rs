@@ -405,8 +405,6 @@ impl Inner {
         made
     }
 
-    /// Attached first while the image is new to us: nothing that it says can be lost then. Later afterwards: nobody
-    /// speaks there before being spoken to, and an attach that has to prepare the container costs Podman 20 ms more.
     async fn begin(&self, name: &str, spec: &SandboxSpec, program: Vec<String>) -> Result<Sandbox> {
         let user = self.settings.user.clone().unwrap_or_else(|| self.uids.next());
         let mut request = container_request(spec, &self.settings, &self.secret, &user, &self.files, program);
@@ -426,12 +424,19 @@ impl Inner {
             tracing::debug!(%warning, "created with a warning");
         }
         let id = SandboxId(created["Id"].as_str().unwrap_or(name).to_owned());
+        self.start_attached(&id).await.inspect_err(|_| self.last_words.forget(&id))
+    }
+
+    /// Attached first while the image is new to us: nothing that it says can be lost then. Later afterwards: nobody
+    /// is there to be heard but one who waits for us to speak, or dies, of which then only `fate` tells; and an attach
+    /// that has to prepare the container costs Podman 20 ms more.
+    async fn start_attached(&self, id: &SandboxId) -> Result<Sandbox> {
         if self.program.is_compiled() {
-            self.start_container(&id).await?;
-            return self.attach(&id).await;
+            self.start_container(id).await?;
+            return self.attach(id).await;
         }
-        let sandbox = self.attach(&id).await?;
-        self.start_container(&id).await?;
+        let sandbox = self.attach(id).await?;
+        self.start_container(id).await?;
         Ok(sandbox)
     }
 
@@ -738,13 +743,11 @@ impl Runtime for Podman {
         Ok(match state["Status"].as_str().unwrap_or_default() {
             // Without a group nobody is killed for want of memory: a call for more fails. With one the
             // supervisor sees it.
-            "running" | "created" | "configured" | "initialized" => {
-                Fate::Running { out_of_memory_kills: (!limited).then_some(0) }
-            }
+            "running" => Fate::Running { out_of_memory_kills: (!limited).then_some(0) },
             "paused" => Fate::Paused,
             "exited" | "stopped" | "stopping" if state["OOMKilled"] == true => Fate::OutOfMemory,
             "exited" | "stopped" | "stopping" => Fate::Exited { code, stderr: self.0.last_words.of(id) },
-            _ => Fate::Gone,
+            _ => Fate::Gone, // also where an attach that came too late has prepared it anew, and nobody starts it
         })
     }
 

@@ -1,6 +1,6 @@
 //! Floors 4 and 5 on the fake engine: who holds which sandbox, until when. Time is paused.
 
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -14,6 +14,7 @@ use codesandbox::runtime::{
 };
 use codesandbox::session::{self, Done, Error, Owner, Sessions};
 use codesandbox::supervisor::{self, Caps, ErrorKind, Run};
+use tokio::io::DuplexStream;
 use tokio::task::{AbortHandle, JoinHandle};
 use tokio::time::{Instant, sleep, timeout};
 
@@ -28,6 +29,9 @@ struct Slow {
     fake: Arc<Fake>,
     pause: Duration,
     most: AtomicUsize,
+    /// The next sandbox has ended when it is there, and its stream says nothing and has no end.
+    stillborn: AtomicBool,
+    silent: Mutex<Vec<DuplexStream>>,
 }
 
 #[async_trait]
@@ -48,6 +52,13 @@ impl Runtime for Slow {
         sleep(self.pause).await;
         let made = self.fake.create(spec).await;
         self.most.fetch_max(self.fake.alive(), Ordering::SeqCst);
+        if self.stillborn.swap(false, Ordering::SeqCst) {
+            let id = made?.id;
+            self.fake.kill(id.0.parse().unwrap());
+            let (stream, other) = tokio::io::duplex(1 << 20);
+            self.silent.lock().unwrap().push(other);
+            return Ok(Sandbox { id, stream: Box::new(stream) });
+        }
         made
     }
 
@@ -108,7 +119,13 @@ impl House {
     fn new(plan: Plan) -> House {
         let Plan { pause, size, max, queue, idle_timeout, lifetime_max } = plan;
         let fake = Fake::new(supervisor::fake::spawn);
-        let engine = Arc::new(Slow { fake: fake.clone(), pause, most: AtomicUsize::new(0) });
+        let engine = Arc::new(Slow {
+            fake: fake.clone(),
+            pause,
+            most: AtomicUsize::new(0),
+            stillborn: AtomicBool::new(false),
+            silent: Mutex::default(),
+        });
         let metrics = Arc::new(Metrics::new());
         let settings = pool::Settings {
             size,
@@ -526,7 +543,7 @@ async fn a_sandbox_that_dies_lies_or_hangs_is_lost_and_the_next_run_gets_a_new_o
     {
         let done = house.run("u", program).await.unwrap();
         assert_eq!((kind(&done), done.lost), (Some(expected), true), "{program}");
-        assert_eq!(done.workspace_files, ["total 0"]);
+        assert_eq!(done.aftermath.workspace_files, ["total 0"]);
         assert_eq!(house.state("u"), None, "{program}");
         settle().await;
         let done = house.run("u", "1").await.unwrap();
@@ -677,6 +694,18 @@ async fn a_pool_whose_engine_fails_fills_later() {
     }
     sleep(60 * SECOND).await;
     assert_eq!(house.sessions.pool().warm(), 2);
+    house.close(SECOND).await;
+}
+
+/// As Podman has it where a container ends between its start and our attach.
+#[tokio::test(start_paused = true)]
+async fn a_new_sandbox_that_is_dead_and_silent_is_found_out_before_its_time_is_over() {
+    let house = House::new(PLAN);
+    house.engine.stillborn.store(true, Ordering::SeqCst);
+    let begun = Instant::now();
+    assert!(house.run("u", "1").await.unwrap().outcome.is_ok(), "by the next one that is made");
+    assert!(begun.elapsed() <= 4 * SECOND, "{:?}", begun.elapsed());
+    assert_eq!((house.fake.created(), house.fake.alive()), (2, 1));
     house.close(SECOND).await;
 }
 
