@@ -9,7 +9,7 @@ mod loss;
 mod turn;
 
 use std::collections::hash_map::Entry;
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{HashMap, HashSet};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime};
@@ -29,7 +29,7 @@ use crate::phase::phase;
 use crate::pool::{self, Claimed, Kept, Pool};
 use crate::runtime::{self, Claim, Fate, Found, KeySecret, SandboxId, SessionKey};
 use crate::supervisor::files::Exchanges;
-use crate::supervisor::{self, Artifact, ErrorDetail, Field, Report, Run};
+use crate::supervisor::{self, Aftermath, ErrorDetail, Report, Run};
 
 /// The reaper looks at least that often, whatever it expects.
 const LONGEST_SLEEP: Duration = Duration::from_secs(60);
@@ -107,28 +107,12 @@ pub enum Error {
 pub struct Done {
     /// The result as JSON, or why there is none.
     pub outcome: Result<Box<RawValue>, ErrorDetail>,
-    /// What was printed.
-    pub stdout: String,
-    /// Likewise.
-    pub stderr: String,
-    /// The workspace after the run.
-    pub workspace_files: Vec<String>,
-    /// Figures that were open at the end.
-    pub artifacts: Vec<Artifact>,
-    /// The value as a page would show it, by media type.
-    pub display: BTreeMap<String, String>,
-    /// What was cut at its cap.
-    pub truncated: Vec<Field>,
-    /// The kernel is gone, with its variables; the files are there.
-    pub kernel_lost: bool,
+    /// What it left beside it.
+    pub aftermath: Aftermath,
     /// The sandbox had to be destroyed, and the files with it.
     pub lost: bool,
     /// Where the time went.
     pub timing: Timing,
-    /// CPU time of the run's own process; none where its sandbox was lost.
-    pub cpu: Duration,
-    /// Its minor page faults; likewise.
-    pub page_faults: u64,
 }
 
 /// The phases of a run, as the server sees them.
@@ -259,7 +243,7 @@ impl Sessions {
         turn.is_named().await?;
         turn.place().session.took(timing.run);
         done.lost |= std::mem::take(&mut turn.seat().lost);
-        done.kernel_lost |= std::mem::take(&mut turn.seat().kernel_lost);
+        done.aftermath.kernel_lost |= std::mem::take(&mut turn.seat().kernel_lost);
         self.count(&done);
         Ok(done)
     }
@@ -513,7 +497,7 @@ impl Sessions {
         {
             metrics.run_seconds.with_label_values(&[phase]).observe(time.as_secs_f64());
         }
-        for field in &done.truncated {
+        for field in &done.aftermath.truncated {
             metrics.capped.with_label_values(&[field.as_str()]).inc();
         }
     }
@@ -630,7 +614,7 @@ impl Seat {
 
     /// Where nobody heard that a run lost its kernel: the next answer says so.
     fn miss_kernel(&mut self, report: Option<&Report>, inner: &Inner) {
-        if report.is_some_and(|report| report.kernel_lost) {
+        if report.is_some_and(|report| report.aftermath.kernel_lost) {
             self.kernel_lost = true;
             inner.metrics.kernels_lost.inc();
         }

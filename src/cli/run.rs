@@ -58,7 +58,7 @@ pub(super) async fn run(mut config: Config, arguments: Arguments) -> Result<Exit
     sessions.drain(tokio::time::Instant::now() + config.limits.grace).await;
     let Some(done) = done else { return Ok(ExitCode::from(INTERRUPTED)) };
     let done = done?;
-    for field in &done.truncated {
+    for field in &done.aftermath.truncated {
         eprintln!("codesandbox: {} was cut at its cap", field.as_str());
     }
     match &done.outcome {

@@ -137,21 +137,20 @@ impl Line {
 
 impl Usage {
     fn of(done: &Done) -> Usage {
-        let Done { outcome, stdout, stderr, truncated, lost, kernel_lost, timing, cpu, page_faults, .. } =
-            done;
+        let Done { outcome, aftermath, lost, timing } = done;
         let Timing { queue, claim, run } = *timing;
         Usage {
             lost: *lost,
-            kernel_lost: *kernel_lost,
+            kernel_lost: aftermath.kernel_lost,
             result_bytes: outcome.as_ref().map_or(0, |value| value.get().len()),
-            stdout_bytes: stdout.len(),
-            stderr_bytes: stderr.len(),
-            truncated: truncated.clone(),
+            stdout_bytes: aftermath.stdout.len(),
+            stderr_bytes: aftermath.stderr.len(),
+            truncated: aftermath.truncated.clone(),
             queue_ms: ms(queue),
             claim_ms: ms(claim),
             run_ms: ms(run),
-            cpu_ms: ms(*cpu),
-            page_faults: *page_faults,
+            cpu_ms: ms(aftermath.cpu),
+            page_faults: aftermath.page_faults,
         }
     }
 }

@@ -20,7 +20,7 @@ use super::route::{Answer, json, json_bytes, request_id};
 use super::stream_body::Body;
 use crate::phase::phase;
 use crate::session::{Done, Owner, Timing};
-use crate::supervisor::{Artifact, ErrorDetail, Field, Run, Teller};
+use crate::supervisor::{Aftermath, Artifact, ErrorDetail, Field, Run, Teller};
 
 /// The answer to a run; what has nothing to say is absent.
 #[derive(Serialize)]
@@ -47,8 +47,8 @@ pub(super) struct RunAnswer<'a> {
 
 impl<'a> From<&'a Done> for RunAnswer<'a> {
     fn from(done: &'a Done) -> RunAnswer<'a> {
-        let Done {
-            outcome,
+        let Done { outcome, aftermath, lost, timing: _ } = done;
+        let Aftermath {
             stdout,
             stderr,
             workspace_files,
@@ -56,11 +56,9 @@ impl<'a> From<&'a Done> for RunAnswer<'a> {
             display,
             truncated,
             kernel_lost,
-            lost,
-            timing: _,
             cpu: _,
             page_faults: _,
-        } = done;
+        } = aftermath;
         RunAnswer {
             error: outcome.as_ref().err().map(ErrorDetail::message),
             error_detail: outcome.as_ref().err(),

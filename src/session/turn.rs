@@ -1,6 +1,5 @@
 //! A run's turn: the seat is its own, from the end of the last run to the end of this one.
 
-use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, SystemTime};
@@ -14,7 +13,7 @@ use super::{ATTEMPTS, Done, Error, Place, Seat, Timing, VERDICT_WAIT};
 use crate::phase::phase;
 use crate::pool;
 use crate::runtime::{self, Fate};
-use crate::supervisor::{self, ErrorDetail, ErrorKind, Outcome, Report, Run};
+use crate::supervisor::{self, Aftermath, ErrorDetail, ErrorKind, Outcome, Report, Run};
 
 /// What an engine held back while it was stopped comes within milliseconds of its next answer; a guess.
 const SILENCE: Duration = Duration::from_millis(500);
@@ -154,44 +153,19 @@ impl Turn {
     }
 
     pub(super) async fn conclude(&mut self, report: Report, timing: Timing) -> Done {
-        let Report {
-            outcome,
-            stdout,
-            stderr,
-            workspace_files,
-            artifacts,
-            display,
-            truncated,
-            kernel_lost,
-            wall: _,
-            cpu,
-            page_faults,
-        } = report;
+        let Report { outcome, aftermath, wall: _ } = report;
         let metrics = self.place().sessions.0.metrics.clone();
-        metrics.run_cpu_seconds.inc_by(cpu.as_secs_f64());
-        metrics.run_page_faults.inc_by(page_faults);
+        metrics.run_cpu_seconds.inc_by(aftermath.cpu.as_secs_f64());
+        metrics.run_page_faults.inc_by(aftermath.page_faults);
         let outcome = match outcome {
             Outcome::Result(value) => Ok(value),
             Outcome::Failed(detail) => Err(detail),
             Outcome::Killed => Err(self.who_killed().await),
         };
-        if kernel_lost {
+        if aftermath.kernel_lost {
             metrics.kernels_lost.inc();
         }
-        Done {
-            outcome,
-            stdout,
-            stderr,
-            workspace_files,
-            artifacts,
-            display,
-            truncated,
-            kernel_lost,
-            lost: false,
-            timing,
-            cpu,
-            page_faults,
-        }
+        Done { outcome, aftermath, lost: false, timing }
     }
 
     /// A SIGKILL that was not ours: the engine may have counted it as one for want of memory.
@@ -244,17 +218,9 @@ impl Turn {
         }
         Done {
             outcome: Err(detail),
-            stdout: String::new(),
-            stderr: String::new(),
-            workspace_files: vec!["total 0".into()],
-            artifacts: Vec::new(),
-            display: BTreeMap::new(),
-            truncated: Vec::new(),
-            kernel_lost: false,
+            aftermath: Aftermath { workspace_files: vec!["total 0".into()], ..Aftermath::default() },
             lost,
             timing,
-            cpu: Duration::ZERO,
-            page_faults: 0,
         }
     }
 }

@@ -26,7 +26,9 @@ use files::{Desk, Exchanges};
 pub use protocol::Violation;
 use protocol::{Answer, Frame, Request};
 use report::Asked;
-pub use report::{Artifact, ErrorDetail, ErrorKind, Field, MAX_JSON_DEPTH, Outcome, Report, json_depth};
+pub use report::{
+    Aftermath, Artifact, ErrorDetail, ErrorKind, Field, MAX_JSON_DEPTH, Outcome, Report, json_depth,
+};
 pub use teller::{Follower, Teller, Told, teller};
 
 /// The program that is PID 1 of every sandbox: for `python3 -I -S`, as it is or compiled.
@@ -332,8 +334,8 @@ impl Supervisor {
             sent.map_err(|_| Error::NotBegun)?;
             let sandbox = phase!("sandbox", wall = Empty, cpu = Empty, page_faults = Empty);
             let report = self.report(nonce, run.teller, run.interrupt).instrument(sandbox.clone()).await?;
-            sandbox.record("wall", debug(report.wall)).record("cpu", debug(report.cpu));
-            sandbox.record("page_faults", report.page_faults);
+            sandbox.record("wall", debug(report.wall)).record("cpu", debug(report.aftermath.cpu));
+            sandbox.record("page_faults", report.aftermath.page_faults);
             Ok(report)
         };
         timeout_at(deadline, converse).await.unwrap_or(Err(Error::Unresponsive))

@@ -17,6 +17,15 @@ pub const MAX_JSON_DEPTH: usize = 100;
 pub struct Report {
     /// The result, or why there is none.
     pub outcome: Outcome,
+    /// What it left beside it.
+    pub aftermath: Aftermath,
+    /// Wall time of the run's own process.
+    pub wall: Duration,
+}
+
+/// What a run leaves beside its outcome.
+#[derive(Debug, Default)]
+pub struct Aftermath {
     /// What was printed, with U+FFFD for what is no UTF-8.
     pub stdout: String,
     /// Likewise.
@@ -31,11 +40,9 @@ pub struct Report {
     pub truncated: Vec<Field>,
     /// The session's kernel is gone, and its variables with it.
     pub kernel_lost: bool,
-    /// Wall time of the run's own process.
-    pub wall: Duration,
-    /// Its CPU time.
+    /// CPU time of the run's own process; none where its sandbox was lost.
     pub cpu: Duration,
-    /// Page faults that needed no disk: the figure to watch, it repeats where times do not.
+    /// Its page faults that needed no disk, the figure to watch: it repeats where times do not. Likewise.
     pub page_faults: u64,
 }
 
@@ -343,23 +350,23 @@ impl Report {
         if cut {
             truncated.push(Field::Artifacts);
         }
-        let kernel_lost = facts.kernel_lost;
-        let (wall, cpu, page_faults) = (facts.wall, facts.cpu, facts.page_faults);
         let outcome = outcome(&facts, told, &payload, asked);
         let text = |bytes: Bytes| String::from_utf8_lossy(&bytes).into_owned();
         let (stdout, stderr) = (text(stdout), text(stderr));
         Ok(Report {
             outcome,
-            stdout,
-            stderr,
-            workspace_files,
-            artifacts,
-            display,
-            truncated,
-            kernel_lost,
-            wall,
-            cpu,
-            page_faults,
+            aftermath: Aftermath {
+                stdout,
+                stderr,
+                workspace_files,
+                artifacts,
+                display,
+                truncated,
+                kernel_lost: facts.kernel_lost,
+                cpu: facts.cpu,
+                page_faults: facts.page_faults,
+            },
+            wall: facts.wall,
         })
     }
 }
@@ -524,7 +531,7 @@ mod tests {
         for (length, cut) in [(1000, false), (1002, true), (900_000, true)] {
             let said = format!(r#"{{"kind":"raised","name":"","value":"{}","traceback":""}}"#, text(length));
             let report = parse(Given { said: 2, ..QUIET }, &said);
-            assert_eq!(report.truncated.contains(&Field::Error), cut, "{length}");
+            assert_eq!(report.aftermath.truncated.contains(&Field::Error), cut, "{length}");
             let Outcome::Failed(detail) = report.outcome else { panic!("it has failed") };
             assert_eq!(detail.value, text(length.min(1000)));
         }
@@ -533,8 +540,8 @@ mod tests {
     #[test]
     fn what_was_cut_is_named() {
         let report = parse(Given { cut: 7, ..QUIET }, "");
-        assert_eq!(report.truncated, [Field::Stdout, Field::Stderr, Field::WorkspaceFiles]);
-        assert_eq!(parse(QUIET, "").truncated, []);
+        assert_eq!(report.aftermath.truncated, [Field::Stdout, Field::Stderr, Field::WorkspaceFiles]);
+        assert_eq!(parse(QUIET, "").aftermath.truncated, []);
     }
 
     #[test]
