@@ -373,10 +373,12 @@ impl Books {
     fn begin(&mut self, slow: bool) {
         let now = self.moment();
         self.life = Some(Instant::now());
-        self.late.clear();
+        // Where the last server had not removed one that was claimed late beside a session that it had taken up, the
+        // later claim counts now: nothing at the engine tells which of the two was in use.
+        let doubtful = slow || !std::mem::take(&mut self.late).is_empty();
         for user in self.users.values_mut() {
             (user.last, user.first) = (None, None);
-            if user.struck.take().is_some() || slow {
+            if user.struck.take().is_some() || doubtful {
                 user.end(now);
             }
         }
