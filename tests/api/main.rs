@@ -3,6 +3,7 @@
 mod audit;
 mod auth;
 mod command_line;
+mod containerfile;
 mod files;
 mod floors;
 mod http;
