@@ -13,6 +13,8 @@ use std::time::Duration;
 use clap::{Args, Parser, Subcommand};
 use tracing_subscriber::fmt::format::FmtSpan;
 
+use engine::Others;
+
 use crate::config::{Config, Driver, Layers, LogFormat, SessionsAtShutdown};
 use crate::runtime::{Limit, SandboxSpec};
 use crate::server::audit;
@@ -236,9 +238,10 @@ const PROGRESS: &str = "codesandbox::runtime=info";
 
 /// For commands that are no server: they say how far the engine is, and a server of this instance is not to take
 /// their sandbox for its own.
-fn stand_apart(config: &mut Config) -> Result<(), Failure> {
+fn stand_apart(config: &mut Config) -> Result<Others, Failure> {
     config.instance += "-run";
-    log_to_stderr(config, PROGRESS)
+    log_to_stderr(config, PROGRESS)?;
+    Ok(Others::join(config))
 }
 
 /// `filter` is as the configuration's `log`.

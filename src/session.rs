@@ -361,6 +361,11 @@ impl Sessions {
     /// Takes no more runs and lets those that go on end until the deadline. Then removes every sandbox, or leaves
     /// those of sessions to a later server.
     pub async fn drain(&self, deadline: Instant) {
+        self.drain_beside(deadline, || true).await;
+    }
+
+    /// Likewise where others may use the same instance: what this server has not made it removes only if it is `alone`.
+    pub async fn drain_beside(&self, deadline: Instant, alone: impl FnOnce() -> bool) {
         self.0.draining.store(true, Ordering::SeqCst);
         self.0.metrics.ready.set(0.0);
         self.0.pool.stop();
@@ -394,7 +399,7 @@ impl Sessions {
         }
         let cleared = async {
             self.0.pool.close(left).await;
-            if !self.0.settings.keep {
+            if !self.0.settings.keep && alone() {
                 self.0.clear_up().await;
                 self.0.pool.close(left).await;
             }

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::env;
+use std::fs::File;
 use std::io::ErrorKind;
 use std::os::linux::net::SocketAddrExt;
 use std::os::unix::net::{SocketAddr, UnixListener};
@@ -36,21 +37,16 @@ pub(super) async fn start_runtime(config: &Config) -> Result<SharedRuntime, Fail
     })
 }
 
+/// Where each user can see the locks of all.
+const LOCKS: &str = "/tmp";
+
 /// Held for as long as the server lives: a second one of the same instance would take over its sandboxes.
 ///
 /// An abstract socket, which the kernel takes back however the server ends. It is seen by all servers in the same
 /// network namespace.
 pub(super) fn only_one(config: &Config) -> Result<Option<UnixListener>, Failure> {
-    let url = match config.driver {
-        Driver::Embedded => return Ok(None), // its sandboxes are its own
-        Driver::Docker => docker_settings(config).url,
-        Driver::Podman => podman_settings(config).url,
-    };
-    // One socket has many names: /var/run is a link to /run.
-    let socket = url.strip_prefix("unix://").and_then(|path| std::fs::canonicalize(path).ok());
-    let place = socket.map_or_else(|| url.clone(), |path| path.display().to_string());
-    let hash = Sha256::digest(format!("{place}\n{}", config.instance));
-    let name = SocketAddr::from_abstract_name(format!("codesandbox-{}", hex::encode(hash)))?;
+    let Some((url, name)) = instance_of(config) else { return Ok(None) };
+    let name = SocketAddr::from_abstract_name(name)?;
     match UnixListener::bind_addr(&name) {
         Ok(listener) => Ok(Some(listener)),
         Err(error) if error.kind() == ErrorKind::AddrInUse => Err(format!(
@@ -60,6 +56,45 @@ pub(super) fn only_one(config: &Config) -> Result<Option<UnixListener>, Failure>
         )
         .into()),
         Err(error) => Err(error.into()),
+    }
+}
+
+/// The engine's URL, and a name that all have in common who use one instance on it; the embedded driver's sandboxes are
+/// its own.
+fn instance_of(config: &Config) -> Option<(String, String)> {
+    let url = match config.driver {
+        Driver::Embedded => return None,
+        Driver::Docker => docker_settings(config).url,
+        Driver::Podman => podman_settings(config).url,
+    };
+    // One socket has many names: /var/run is a link to /run.
+    let socket = url.strip_prefix("unix://").and_then(|path| std::fs::canonicalize(path).ok());
+    let place = socket.map_or_else(|| url.clone(), |path| path.display().to_string());
+    let hash = Sha256::digest(format!("{place}\n{}", config.instance));
+    Some((url, format!("codesandbox-{}", hex::encode(hash))))
+}
+
+/// Others that use the same instance at the same time, as commands that are no server do: the last one clears up.
+#[derive(Debug)]
+pub(super) struct Others(Option<File>);
+
+impl Others {
+    /// From now on this process is one of them. Waits for one that is clearing up.
+    pub(super) fn join(config: &Config) -> Others {
+        let joined = instance_of(config).and_then(|(_, name)| {
+            let path = Path::new(LOCKS).join(name);
+            // Whoever made it: it is only locked, and in this directory nobody but its owner may be asked to make it.
+            let file =
+                File::open(&path).or_else(|_| File::create_new(&path)).or_else(|_| File::open(&path)).ok()?;
+            file.lock_shared().ok()?;
+            Some(file)
+        });
+        Others(joined)
+    }
+
+    /// Whether there are none; false where that cannot be known. Nobody joins until this is dropped.
+    pub(super) fn are_gone(&self) -> bool {
+        self.0.as_ref().is_some_and(|file| file.try_lock().is_ok())
     }
 }
 

@@ -38,9 +38,10 @@ pub(super) async fn run(mut config: Config, arguments: Arguments) -> Result<Exit
     let Arguments { file, data, timeout } = arguments;
     let code = read(&file)?;
     crate::server::check_data(&data).map_err(|error| format!("--data: {error}"))?;
-    stand_apart(&mut config)?;
+    let others = stand_apart(&mut config)?;
     let runtime = start_runtime(&config).await?;
-    let (_, unenforced) = prove(&runtime, &config).await?;
+    let (findings, unenforced) = prove(&runtime, &config).await?;
+    findings.removed().await?;
     for limit in &unenforced {
         eprintln!("codesandbox: {limit}: not enforced on this host, as --allow-unenforced allows");
     }
@@ -55,7 +56,7 @@ pub(super) async fn run(mut config: Config, arguments: Arguments) -> Result<Exit
     let (done, interrupted) = run_or_interrupt(&sessions, &run).await?;
     drop(teller);
     printing.await??;
-    sessions.drain(tokio::time::Instant::now() + config.limits.grace).await;
+    sessions.drain_beside(tokio::time::Instant::now() + config.limits.grace, || others.are_gone()).await;
     let Some(done) = done else { return Ok(ExitCode::from(INTERRUPTED)) };
     let done = done?;
     for field in &done.aftermath.truncated {

@@ -1,5 +1,7 @@
 //! A server that is killed, and the one that comes after it: sessions and their files are as they were.
 
+use std::io::Write;
+use std::process::Stdio;
 use std::time::Duration;
 
 use serde_json::json;
@@ -21,6 +23,7 @@ behaviours! {
     a_server_that_is_stopped_twice_costs_no_session_its_files,
     a_second_server_of_an_instance_is_refused,
     what_an_engine_made_for_nobody_is_removed,
+    programs_that_run_without_a_server_leave_each_other_alone,
     a_kernel_outlives_a_server_or_is_told_lost,
 }
 
@@ -263,4 +266,26 @@ fn a_kernel_outlives_a_server_or_is_told_lost(driver: &Driver) {
     }
     let fresh = server.run("a", "result = open('f').read()");
     assert_eq!((&fresh["result"], fresh.get("session")), (&json!("kept"), None), "{fresh}");
+}
+
+fn programs_that_run_without_a_server_leave_each_other_alone(driver: &Driver) {
+    let instance = drivers::new_instance();
+    let run = |code: &str| {
+        let mut command = driver.command();
+        command.args(["run", "--instance", &instance, "-"]);
+        let mut child =
+            command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+        child.stdin.take().expect("it was piped").write_all(code.as_bytes()).unwrap();
+        child
+    };
+    let long = run("import time\nprint('begun', flush=True)\ntime.sleep(6)\nresult = 'long'");
+    std::thread::sleep(Duration::from_secs(3)); // until it has its sandbox
+    let short = run("result = 'short'");
+    for (child, wanted) in [(short, "\"short\"\n"), (long, "begun\n\"long\"\n")] {
+        let output = child.wait_with_output().unwrap();
+        let (said, why) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+        assert_eq!((said.as_ref(), output.status.code()), (wanted, Some(0)), "{why}");
+    }
+    let left = engine(driver).containers_of(&format!("{instance}-run"));
+    assert!(left.is_empty(), "{left:?}");
 }
