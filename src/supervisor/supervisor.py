@@ -797,7 +797,6 @@ def become_guest(*kept):
     # Held back until the run's process can raise KeyboardInterrupt, lest a short time be over unnoticed.
     _signal.pthread_sigmask(_signal.SIG_BLOCK, [_signal.SIGINT])
     os.nice(NICE)
-    die_first()
     null = os.open(os.devnull, os.O_RDWR)
     for target in (0, 1, 2):
         os.dup2(null, target)
@@ -805,6 +804,7 @@ def become_guest(*kept):
     for fd in sorted(kept) + [MOST_DESCRIPTORS]:
         os.closerange(low, fd)
         low = fd + 1
+    die_first()  # which lets a guest look into this process: after it has let go of the server's stream
 
 
 class Forker:
