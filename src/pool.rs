@@ -64,6 +64,8 @@ pub enum Error {
     Failing {
         /// Until the next one is tried.
         retry_after: Duration,
+        /// What the last one failed for: see `trouble`.
+        trouble: &'static str,
     },
     /// So many wait for a sandbox that one more would wait for longer than `wait_timeout`.
     #[error("too many wait for a sandbox")]
@@ -82,10 +84,26 @@ impl Error {
         matches!(self, Error::Runtime(runtime::Error::Gone(_)) | Error::Supervisor(_))
     }
 
+    /// What a client may know of it: no names, no paths.
+    pub fn trouble(&self) -> &'static str {
+        match self {
+            Error::Runtime(runtime::Error::ImageMissing { .. }) => "the image of the sandboxes is missing",
+            Error::Runtime(runtime::Error::NoSpace { .. }) => "the engine has no space left",
+            Error::Runtime(runtime::Error::Unavailable { .. }) | Error::Late(_) => {
+                "the engine does not answer"
+            }
+            Error::Runtime(_) => "the engine has failed",
+            Error::Supervisor(_) => "a sandbox did not come up",
+            Error::Failing { trouble, .. } => trouble,
+            Error::Crowded { .. } => "too many wait for one",
+            Error::Closed => "the server is stopping",
+        }
+    }
+
     /// When trying again makes sense, where that is known.
     pub fn retry_after(&self) -> Option<Duration> {
         match self {
-            Error::Failing { retry_after } | Error::Crowded { retry_after } => Some(*retry_after),
+            Error::Failing { retry_after, .. } | Error::Crowded { retry_after } => Some(*retry_after),
             Error::Runtime(_) | Error::Supervisor(_) | Error::Late(_) | Error::Closed => None,
         }
     }
@@ -342,7 +360,7 @@ impl Inner {
             Err(error) => {
                 self.engine.failed("create", error.reason());
                 tracing::warn!(%error, "cannot make a sandbox");
-                self.ledger().failed(now, self.engine.jitter.next());
+                self.ledger().failed(now, self.engine.jitter.next(), error.trouble());
             }
         }
         self.changed.notify_one();

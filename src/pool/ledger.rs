@@ -40,6 +40,8 @@ pub(super) struct Ledger<T> {
     starting: usize,
     /// In a row.
     failures: u32,
+    /// What the last of them was.
+    trouble: &'static str,
     /// Until then none is made that nobody waits for: after a failure, and after a claim.
     retry_at: Instant,
     refill_at: Instant,
@@ -77,6 +79,7 @@ impl<T> Ledger<T> {
             waiting: VecDeque::new(),
             starting: 0,
             failures: 0,
+            trouble: "",
             retry_at: now,
             refill_at: now,
             last_claim: now,
@@ -100,6 +103,7 @@ impl<T> Ledger<T> {
         // While the engine fails no more wait than try it.
         if self.is_failing() && self.waiting.len() >= self.plan.starting_max {
             return Claim::Refused(Error::Failing {
+                trouble: self.trouble,
                 retry_after: self.retry_at.saturating_duration_since(now),
             });
         }
@@ -163,14 +167,15 @@ impl<T> Ledger<T> {
     }
 
     /// A creation failed. Where it is the engine that fails, everybody who waits is told.
-    pub(super) fn failed(&mut self, now: Instant, jitter: f64) {
+    pub(super) fn failed(&mut self, now: Instant, jitter: f64, trouble: &'static str) {
         self.starting -= 1;
+        self.trouble = trouble;
         self.failures += 1;
         let pause = pause(self.failures, jitter);
         self.retry_at = now + pause;
         if self.failures >= FAILURES {
             for tell in self.waiting.drain(..) {
-                let _ = tell.send(Err(Error::Failing { retry_after: pause })); // who left needs no answer
+                let _ = tell.send(Err(Error::Failing { retry_after: pause, trouble })); // who left needs no answer
             }
         }
     }
@@ -311,15 +316,17 @@ mod tests {
         let (mut ledger, now) = ledger(1, 2);
         let (mut one, mut other) = (wait(&mut ledger, now).0, wait(&mut ledger, now).0);
         assert_eq!(begin(&mut ledger, now), 2);
-        ledger.failed(now, 1.0);
+        ledger.failed(now, 1.0, "x");
         assert!(one.try_recv().is_err() && !ledger.is_failing());
         assert_eq!(begin(&mut ledger, now), 1, "for who waits it is tried again at once");
-        ledger.failed(now, 1.0);
+        ledger.failed(now, 1.0, "x");
         for told in [&mut one, &mut other] {
-            let Ok(Err(Error::Failing { retry_after })) = told.try_recv() else { panic!("nobody was told") };
+            let Ok(Err(Error::Failing { retry_after, .. })) = told.try_recv() else {
+                panic!("nobody was told")
+            };
             assert_eq!(retry_after, 2 * RETRY.0);
         }
-        ledger.failed(now, 1.0);
+        ledger.failed(now, 1.0, "x");
         assert_eq!(begin(&mut ledger, now), 0, "nobody waits, and it backs off");
         assert_eq!(ledger.next_look(now), now + 4 * RETRY.0);
         assert_eq!(begin(&mut ledger, now + 4 * RETRY.0), 1);
@@ -330,7 +337,7 @@ mod tests {
         let (mut ledger, now) = ledger(0, 1);
         for _ in 0..2 {
             ledger.begun();
-            ledger.failed(now, 0.0);
+            ledger.failed(now, 0.0, "x");
         }
         let _trying = wait(&mut ledger, now);
         assert!(matches!(ledger.claim(now), Claim::Refused(Error::Failing { .. })));

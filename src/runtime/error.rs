@@ -18,6 +18,16 @@ pub enum Error {
         /// What the operator can do.
         remedy: String,
     },
+    /// The sandboxes' image is not there (any more), and may not be fetched.
+    #[error("find the image {image}: {why}\n  what helps: {remedy}")]
+    ImageMissing {
+        /// Its name.
+        image: String,
+        /// The engine's words.
+        why: String,
+        /// What the operator can do.
+        remedy: String,
+    },
     /// The engine does not answer; it may do so later.
     #[error("the {driver} engine does not answer: {why}")]
     Unavailable {
@@ -53,6 +63,7 @@ impl Error {
     pub fn reason(&self) -> &'static str {
         match self {
             Error::Unusable { .. } => "unusable",
+            Error::ImageMissing { .. } => "image_missing",
             Error::Unavailable { .. } => "unavailable",
             Error::NoSpace { .. } => "no_space",
             Error::Gone(_) => "gone",

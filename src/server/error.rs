@@ -66,11 +66,11 @@ impl Error {
         Error::Invalid(format!("{field} {right}"))
     }
 
-    /// What the client is told: of the engine's trouble no more than that there is some.
+    /// What the client is told: of the engine's trouble no more than its kind.
     pub(super) fn message(&self) -> String {
         match self {
-            Error::Session(session::Error::Unavailable(_)) => {
-                "no sandbox could be had; the server's log says why".into()
+            Error::Session(session::Error::Unavailable(error)) => {
+                format!("no sandbox could be had: {}; the server's log says more", error.trouble())
             }
             error => error.to_string(),
         }

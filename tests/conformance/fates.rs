@@ -22,6 +22,7 @@ behaviours! {
     an_engine_that_goes_and_comes_back,
     a_runtime_that_the_engine_does_not_have_stops_the_start,
     an_image_that_is_missing_and_may_not_be_pulled_stops_the_start,
+    an_image_that_goes_missing_is_told_as_that,
 }
 
 /// A server without warm sandboxes: each container is a session's.
@@ -197,4 +198,24 @@ fn an_image_that_is_missing_and_may_not_be_pulled_stops_the_start(driver: &Drive
     for part in ["localhost/nobody/nothing:1", "pull = \"never\"", &remedy] {
         assert!(said.contains(part), "{part} is not in {said}");
     }
+}
+
+fn an_image_that_goes_missing_is_told_as_that(driver: &Driver) {
+    let engine = driver.engine().expect("fates are for engines with an API");
+    let instance = crate::drivers::new_instance();
+    let name = format!("localhost/{instance}");
+    engine.post(&format!("/images/{}/tag?repo={name}&tag=1", crate::drivers::image()));
+    let untag = || engine.call("DELETE", &format!("/images/{name}:1?noprune=1"), &Value::Null);
+    let image = format!("image={name}:1");
+    let server = driver.start(&instance, &["--set", "pool.size=0", "--set", &image]);
+    let before = server.run("u", "result = 1");
+    untag();
+    assert_eq!(before["result"], 1, "{before}");
+    let (status, answer) = server.post(json!({"user_id": "v", "code": "result = 1"}).to_string());
+    assert_eq!((status, &answer["code"]), (503, &json!("engine_unavailable")), "{answer}");
+    let error = answer["error"].as_str().unwrap_or_default();
+    assert!(error.contains("the image of the sandboxes is missing"), "{error}");
+    let series = "codesandbox_engine_errors_total{operation=\"create\",reason=\"image_missing\"}";
+    assert!(server.metric(series) >= 1.0, "one for each try");
+    assert_eq!(server.run("u", "result = 2")["result"], 2, "who has a sandbox keeps it");
 }
