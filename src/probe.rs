@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use tokio::task::JoinHandle;
 use tokio::time::Instant;
 
 use crate::runtime::{self, Engine, Layer, LayerState, Limit, SandboxSpec, SharedRuntime};
@@ -16,6 +17,8 @@ pub struct Findings {
     pub python: String,
     /// From asking the engine to the first hello.
     pub first_hello: Duration,
+    /// The sandbox is on its way out: nobody who waits for a server need wait for that.
+    removal: JoinHandle<runtime::Result<()>>,
 }
 
 /// Why the probe itself failed.
@@ -37,7 +40,7 @@ pub enum Error {
     Late(Duration),
 }
 
-/// Makes a sandbox, tries every layer from inside and removes it.
+/// Makes a sandbox, tries every layer from inside and begins to remove it.
 ///
 /// # Errors
 /// Where no sandbox comes up. A layer that does not hold is no error: see `Findings::missing`.
@@ -57,21 +60,27 @@ pub async fn probe(
         let first_hello = begun.elapsed();
         let mut engine = runtime.probe(&id, spec).await?;
         engine.layers = supervisor.probe_layers(engine.layers, spec).await.map_err(Error::silent)?;
-        Ok(Findings { engine, python: hello.python, first_hello })
+        Ok((engine, hello.python, first_hello))
     }
     .await;
+    let error = match looked {
+        Ok((engine, python, first_hello)) => {
+            let (runtime, made) = (runtime.clone(), id.clone());
+            let removal = tokio::spawn(async move { runtime.remove(&made).await });
+            return Ok(Findings { engine, python, first_hello, removal });
+        }
+        Err(error) => error,
+    };
     let fate = runtime.fate(&id).await;
-    let removed = runtime.remove(&id).await;
-    let findings = looked.map_err(|error| match (error, fate) {
+    runtime.remove(&id).await?;
+    Err(match (error, fate) {
         (Error::Supervisor { source, .. }, Ok(runtime::Fate::Exited { stderr, .. }))
             if !stderr.is_empty() =>
         {
             Error::Supervisor { source, said: format!("; it said: {stderr}") }
         }
         (error, _) => error,
-    })?;
-    removed?;
-    Ok(findings)
+    })
 }
 
 impl Error {
@@ -81,6 +90,17 @@ impl Error {
 }
 
 impl Findings {
+    /// Waits until the sandbox is gone, for a program that ends: a server goes on meanwhile.
+    ///
+    /// # Errors
+    /// Where the engine does not remove it.
+    pub async fn removed(self) -> Result<(), Error> {
+        let removed = self.removal.await;
+        Ok(removed.unwrap_or_else(|panic| {
+            Err(runtime::Error::Failed { what: "remove".into(), source: std::io::Error::other(panic) })
+        })?)
+    }
+
     /// The layers that are missing and that nobody allowed to be.
     pub fn missing<'a>(&'a self, allowed: &'a [Limit]) -> impl Iterator<Item = &'a Layer> {
         self.engine.layers.iter().filter(move |layer| {

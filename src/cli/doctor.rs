@@ -11,7 +11,7 @@ use crate::runtime::LayerState;
 /// Exit status 1 where a server would not start with this configuration.
 pub(super) async fn doctor(mut config: Config) -> Result<ExitCode, Failure> {
     println!("driver: {}", config.driver.name());
-    stand_apart(&mut config)?;
+    let _others = stand_apart(&mut config)?;
     let runtime = start_runtime(&config).await?;
     let findings = probe(&runtime, &spec(&config), &caps(&config, &[]), config.limits.create_timeout).await?;
     let engine = &findings.engine;
@@ -30,6 +30,7 @@ pub(super) async fn doctor(mut config: Config) -> Result<ExitCode, Failure> {
         }
     }
     let missing: Vec<_> = findings.missing(&config.allow_unenforced).map(|layer| layer.name).collect();
+    findings.removed().await?;
     if missing.is_empty() {
         println!("\nA server starts with this configuration.");
         return Ok(ExitCode::SUCCESS);

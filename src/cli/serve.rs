@@ -152,6 +152,7 @@ pub(super) async fn prove(
             let remedy = layer.remedy.as_deref().unwrap_or("see `codesandbox doctor`");
             text += &format!("\n  {}: {}\n    what helps: {remedy}", layer.name, layer.by);
         }
+        findings.removed().await?;
         return Err(text.into());
     }
     let lacking = findings.engine.layers.iter().filter(|layer| layer.state == LayerState::Unenforced);

@@ -110,6 +110,38 @@ impl Settings {
     }
 }
 
+/// Which limits an engine can put on a container here. What it cannot is not asked for: some engines refuse the container.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Enforced {
+    pub(super) memory: bool,
+    pub(super) cpus: bool,
+    pub(super) processes: bool,
+}
+
+impl Enforced {
+    /// These limits as layers: `by` what they are enforced, by what `engine` the rest is not.
+    pub(super) fn layers(self, by: &str, engine: &str, own_uids: bool, remedy: &str) -> [Layer; 3] {
+        let limit = |name, limit, holds, controller: &str, stand_in: &str| match holds {
+            true => Layer::on(name, by),
+            false => {
+                let why = format!("{stand_in}: {engine} has no {controller} controller here");
+                Layer::unenforced(name, why, limit, remedy)
+            }
+        };
+        [
+            limit("memory", Limit::Memory, self.memory, "memory", "RLIMIT_AS for each process alone"),
+            limit("cpus", Limit::Cpus, self.cpus, "cpu", "nothing"),
+            match (self.processes, own_uids) {
+                (false, true) => Layer::on("processes", "RLIMIT_NPROC of a uid of its own for each sandbox"),
+                (holds, _) => {
+                    let stand_in = "RLIMIT_NPROC of the one user of all sandboxes";
+                    limit("processes", Limit::Processes, holds, "pids", stand_in)
+                }
+            },
+        ]
+    }
+}
+
 /// What runs in a container: the supervisor, handed over on its stdin, so that any image with a `python3` serves.
 ///
 /// Not as an argument: an engine writes a command line to its disk at each change of a container's state.
@@ -446,15 +478,16 @@ pub(super) fn duplex(
 
 /// What an engine's error message says is true of both engines, since both pass on the kernel's words.
 pub(super) fn is_no_space(message: &str) -> bool {
+    let message = message.to_lowercase(); // Go writes it small, and C large
     message.contains("no space left on device") || message.contains("disk quota exceeded")
 }
 
 /// Where the image is not there and may not be fetched.
 pub(super) fn image_missing(driver: &str, image: &str, why: &str) -> Error {
-    Error::Unusable {
-        what: format!("find the image {image}"),
+    Error::ImageMissing {
+        image: image.into(),
         why: why.trim().to_owned(),
-        remedy: format!("{driver} pull {image}   (or set image, or pull = \"missing\")"),
+        remedy: format!("{driver} pull {image}   (or set image, or pull = \"missing\" and start again)"),
     }
 }
 

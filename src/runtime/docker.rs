@@ -23,14 +23,14 @@ use futures_util::{StreamExt, TryFutureExt, TryStreamExt};
 use hyper::Method;
 
 use super::container::{
-    self, AllLastWords, INSTANCE_LABEL, Listed, MASKED_PATHS, Mode, Names, OOM_SCORE_ADJ, Output, Program,
-    SYSCTLS, Settings, Uids,
+    self, AllLastWords, Enforced, INSTANCE_LABEL, Listed, MASKED_PATHS, Mode, Names, OOM_SCORE_ADJ, Output,
+    Program, SYSCTLS, Settings, Uids,
 };
 use super::guest::{self, HOSTNAME, WORKSPACE};
 use super::raw::{self, Raw};
 use super::{
-    Claiming, Engine, Error, Fate, Found, KeySecret, Layer, Limit, Result, Runtime, Sandbox, SandboxId,
-    SandboxSpec, SessionKey, detached, done,
+    Claiming, Engine, Error, Fate, Found, KeySecret, Layer, Result, Runtime, Sandbox, SandboxId, SandboxSpec,
+    SessionKey, detached, done,
 };
 
 const DRIVER: &str = "docker";
@@ -89,6 +89,7 @@ fn container_request(
     spec: &SandboxSpec,
     settings: &Settings,
     secret: &KeySecret,
+    enforced: Enforced,
     user: &str,
     volumes: &[String],
     mut program: Vec<String>,
@@ -114,10 +115,10 @@ fn container_request(
     };
     let host_config = HostConfig {
         // Limits.
-        memory: Some(spec.memory_bytes as i64),
-        memory_swap: Some(spec.memory_bytes as i64), // of both together: no swap
-        nano_cpus: Some((spec.cpus * 1e9) as i64),
-        pids_limit: Some(spec.processes as i64),
+        memory: enforced.memory.then_some(spec.memory_bytes as i64),
+        memory_swap: enforced.memory.then_some(spec.memory_bytes as i64), // of both together: no swap
+        nano_cpus: enforced.cpus.then_some((spec.cpus * 1e9) as i64),
+        pids_limit: enforced.processes.then_some(spec.processes as i64),
         ulimits: Some(container::resources(spec).map(ulimit).collect()),
         oom_score_adj: Some(OOM_SCORE_ADJ),
         sysctls: Some(strings(&SYSCTLS)),
@@ -233,6 +234,15 @@ fn connect(url: &str, tls: Option<&Tls>) -> std::result::Result<Client, ClientEr
 }
 
 /// Whether uids in a container are others outside.
+/// What the daemon says that it can; one that says nothing can.
+fn enforced(info: &SystemInfo) -> Enforced {
+    Enforced {
+        memory: info.memory_limit.unwrap_or(true),
+        cpus: info.cpu_cfs_quota.unwrap_or(true),
+        processes: info.pids_limit.unwrap_or(true),
+    }
+}
+
 fn maps_uids(info: &SystemInfo) -> bool {
     let options = info.security_options.iter().flatten();
     options.into_iter().any(|option| option.contains("name=userns") || option.contains("name=rootless"))
@@ -317,7 +327,15 @@ async fn listed(client: &Client, instance: &str) -> Result<Vec<Listed>> {
 impl Inner {
     async fn make(&self, name: String, spec: &SandboxSpec, program: Vec<String>) -> Result<Sandbox> {
         let user = self.settings.user.clone().unwrap_or_else(|| self.uids.next());
-        let request = container_request(spec, &self.settings, &self.secret, &user, &self.volumes, program);
+        let request = container_request(
+            spec,
+            &self.settings,
+            &self.secret,
+            enforced(&self.info),
+            &user,
+            &self.volumes,
+            program,
+        );
         let options = CreateContainerOptionsBuilder::default().name(&name).build();
         let created = within("create", self.client.create_container(Some(options), request)).await;
         let made = match created {
@@ -388,17 +406,16 @@ impl Inner {
         let info = &self.info;
         let version = info.cgroup_version.map_or("?".into(), |version| version.to_string());
         let by = format!("control groups version {version}");
-        let limit = |name, limit, given: Option<bool>, holds: bool| match given.unwrap_or(true) && holds {
-            true => Layer::on(name, &by),
-            false => Layer::unenforced(name, "nothing: the daemon cannot", limit, CGROUPS),
-        };
         let HostConfig { memory, memory_swap, nano_cpus, pids_limit, .. } = real;
         let bytes = Some(spec.memory_bytes as i64);
-        let mut layers = vec![
-            limit("memory", Limit::Memory, info.memory_limit, *memory == bytes),
-            limit("cpus", Limit::Cpus, info.cpu_cfs_quota, *nano_cpus == Some((spec.cpus * 1e9) as i64)),
-            limit("processes", Limit::Processes, info.pids_limit, *pids_limit == Some(spec.processes as i64)),
-        ];
+        let can = enforced(info);
+        let enforced = Enforced {
+            memory: can.memory && *memory == bytes,
+            cpus: can.cpus && *nano_cpus == Some((spec.cpus * 1e9) as i64),
+            processes: can.processes && *pids_limit == Some(spec.processes as i64),
+        };
+        let own_uids = self.settings.user.is_none();
+        let mut layers = enforced.layers(&by, "Docker", own_uids, CGROUPS).to_vec();
         layers.push(match info.swap_limit.unwrap_or(true) && *memory_swap == bytes {
             true => Layer::on("swap", "none"),
             false => Layer::off(
@@ -414,7 +431,7 @@ impl Inner {
                 Layer::off("user_namespace", "the daemon does not map uids", "userns-remap in daemon.json")
             }
         });
-        layers.extend(claimed_layers(spec, &self.settings, &self.secret, real));
+        layers.extend(claimed_layers(spec, &self.settings, &self.secret, can, real));
         layers
     }
 }
@@ -424,9 +441,10 @@ fn claimed_layers(
     spec: &SandboxSpec,
     settings: &Settings,
     secret: &KeySecret,
+    enforced: Enforced,
     real: &HostConfig,
 ) -> Vec<Layer> {
-    let asked = container_request(spec, settings, secret, "1:1", &[], vec!["".into()])
+    let asked = container_request(spec, settings, secret, enforced, "1:1", &[], vec!["".into()])
         .host_config
         .unwrap_or_default();
     let layer = |name, holds: bool, by: &str| match holds {
@@ -640,7 +658,13 @@ mod tests {
         }
     }
 
+    const ALL: Enforced = Enforced { memory: true, cpus: true, processes: true };
+
     fn request() -> Value {
+        request_where(ALL)
+    }
+
+    fn request_where(enforced: Enforced) -> Value {
         let program = ["python3", "-c", "x"].map(str::to_owned).to_vec();
         let spec = SandboxSpec { cpus: 0.5, ..SandboxSpec::smallest() };
         let secret = KeySecret([7; 32]);
@@ -648,6 +672,7 @@ mod tests {
             &spec,
             &settings(),
             &secret,
+            enforced,
             "5:6",
             &["/data".into(), "/tmp".into()],
             program,
@@ -704,6 +729,30 @@ mod tests {
     }
 
     #[test]
+    fn what_the_daemon_cannot_enforce_is_not_asked_for_and_told() {
+        let info = SystemInfo { cpu_cfs_quota: Some(false), ..SystemInfo::default() };
+        let host = &request_where(enforced(&info))["HostConfig"];
+        assert!(
+            host["NanoCpus"].is_null() && host["Memory"].is_u64() && host["PidsLimit"].is_u64(),
+            "{host}"
+        );
+        let layers = enforced(&info).layers("groups", "Docker", true, "remedy");
+        let told = layers.map(|layer| format!("{:?} {}", layer.state, layer.by));
+        assert_eq!(told, ["On groups", "Unenforced nothing: Docker has no cpu controller here", "On groups"]);
+        let none = Enforced { memory: false, cpus: true, processes: false };
+        let host = &request_where(none)["HostConfig"];
+        assert!(
+            host["Memory"].is_null() && host["MemorySwap"].is_null() && host["PidsLimit"].is_null(),
+            "{host}"
+        );
+        let told = none.layers("groups", "Docker", false, "remedy").map(|layer| layer.by);
+        assert!(
+            told[0].starts_with("RLIMIT_AS") && told[2].starts_with("RLIMIT_NPROC of the one"),
+            "{told:?}"
+        );
+    }
+
+    #[test]
     fn our_own_labels_cannot_be_replaced() {
         let labels = &request()["Labels"];
         assert_eq!((&labels["team"], &labels[INSTANCE_LABEL]), (&json!("ml"), &json!("me")));
@@ -714,10 +763,12 @@ mod tests {
     fn a_setting_that_the_daemon_denies_is_a_missing_layer() {
         let (spec, secret) = (SandboxSpec::smallest(), KeySecret([7; 32]));
         let asked = || {
-            container_request(&spec, &settings(), &secret, "5:6", &[], vec!["x".into()]).host_config.unwrap()
+            container_request(&spec, &settings(), &secret, ALL, "5:6", &[], vec!["x".into()])
+                .host_config
+                .unwrap()
         };
         let missing = |real: HostConfig| -> Vec<_> {
-            let layers = claimed_layers(&spec, &settings(), &secret, &real).into_iter();
+            let layers = claimed_layers(&spec, &settings(), &secret, ALL, &real).into_iter();
             layers
                 .filter(|layer| layer.state == super::super::LayerState::Unenforced)
                 .map(|l| l.name)

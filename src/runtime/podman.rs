@@ -20,14 +20,14 @@ use tokio::sync::OnceCell;
 use tokio::time::Instant;
 
 use super::container::{
-    self, AllLastWords, INSTANCE_LABEL, Listed, MASKED_PATHS, Mode, Names, OOM_SCORE_ADJ, Program, SYSCTLS,
-    Settings, Uids,
+    self, AllLastWords, Enforced, INSTANCE_LABEL, Listed, MASKED_PATHS, Mode, Names, OOM_SCORE_ADJ, Program,
+    SYSCTLS, Settings, Uids,
 };
 use super::guest::{self, HOSTNAME, SECCOMP_PROFILE, WORKSPACE};
 use super::raw::{Failure, Raw, Refusal};
 use super::{
-    Claiming, Engine, Error, Fate, Found, KeySecret, Layer, Limit, Result, Runtime, Sandbox, SandboxId,
-    SandboxSpec, SessionKey, detached,
+    Claiming, Engine, Error, Fate, Found, KeySecret, Layer, Result, Runtime, Sandbox, SandboxId, SandboxSpec,
+    SessionKey, detached,
 };
 
 const DRIVER: &str = "podman";
@@ -138,6 +138,14 @@ impl Host {
         let root = !self.rootless && self.cgroup_version == "v1";
         root || self.controllers.iter().any(|known| known == controller)
     }
+
+    fn enforced(&self) -> Enforced {
+        Enforced {
+            memory: self.enforces("memory"),
+            cpus: self.enforces("cpu"),
+            processes: self.enforces("pids"),
+        }
+    }
 }
 
 /// What Podman is asked for: every security setting of this driver.
@@ -147,6 +155,7 @@ fn container_request(
     spec: &SandboxSpec,
     settings: &Settings,
     secret: &KeySecret,
+    enforced: Enforced,
     user: &str,
     files: &Files,
     program: Vec<String>,
@@ -169,7 +178,17 @@ fn container_request(
     let rlimits: Vec<_> = container::resources(spec)
         .map(|(name, value)| json!({"type": name.to_uppercase(), "soft": value, "hard": value}))
         .collect();
-    let quota = (spec.cpus * 100_000.0) as u64;
+    let memory = json!({"limit": spec.memory_bytes, "swap": spec.memory_bytes}); // of both together: no swap
+    let cpu = json!({"quota": (spec.cpus * 100_000.0) as u64, "period": 100_000});
+    let pids = json!({"limit": spec.processes});
+    let limits: HashMap<_, _> = [
+        ("memory", enforced.memory, memory),
+        ("cpu", enforced.cpus, cpu),
+        ("pids", enforced.processes, pids),
+    ]
+    .into_iter()
+    .filter_map(|(name, enforced, limit)| enforced.then_some((name, limit)))
+    .collect();
     let (program, arguments) = program.split_at(1);
     json!({
         "image": settings.image,
@@ -185,11 +204,7 @@ fn container_request(
         "terminal": false,
         "systemd": "false",
         // Limits.
-        "resource_limits": {
-            "memory": {"limit": spec.memory_bytes, "swap": spec.memory_bytes}, // of both together: no swap
-            "cpu": {"quota": quota, "period": 100_000},
-            "pids": {"limit": spec.processes},
-        },
+        "resource_limits": limits,
         "r_limits": rlimits,
         "oom_score_adj": OOM_SCORE_ADJ,
         "sysctl": HashMap::from(SYSCTLS),
@@ -407,7 +422,15 @@ impl Inner {
 
     async fn begin(&self, name: &str, spec: &SandboxSpec, program: Vec<String>) -> Result<Sandbox> {
         let user = self.settings.user.clone().unwrap_or_else(|| self.uids.next());
-        let mut request = container_request(spec, &self.settings, &self.secret, &user, &self.files, program);
+        let mut request = container_request(
+            spec,
+            &self.settings,
+            &self.secret,
+            self.host.enforced(),
+            &user,
+            &self.files,
+            program,
+        );
         request["name"] = name.into();
         // By hand: podman-api misspells no_new_privileges and log_configuration's driver, which Podman ignores.
         let created = within("create", self.raw.call(Method::POST, "/containers/create", &request)).await;
@@ -506,12 +529,13 @@ impl Inner {
 
     /// Whether the operator's conmon keeps a container's stdin open (--leave-stdin-open): tried with a container
     /// that ends when its stdin does.
-    async fn stdin_survives(&self) -> Result<bool> {
+    async fn stdin_survives(self: &Arc<Self>) -> Result<bool> {
         let program = ["python3", "-I", "-S", "-c", STDIN_PROBE].map(str::to_owned).to_vec();
         let spec = SandboxSpec::smallest();
         let Sandbox { id, stream } = self.make(self.names.helper()?, &spec, program).await?;
         let survives = self.outlives_its_client(&id, stream).await;
-        self.remove(&id).await?;
+        let inner = self.clone();
+        tokio::spawn(async move { container::undone(inner.remove(&id).await) }); // sessions wait for the answer alone
         survives
     }
 
@@ -570,37 +594,16 @@ impl Inner {
     fn layers(&self, spec: &SandboxSpec, real: &Value) -> Vec<Layer> {
         let (host, config) = (&self.host, &real["HostConfig"]);
         let by = format!("control groups {}", host.cgroup_version);
-        let limit = |name, limit, controller: &str, real: bool, stand_in: &str| match host
-            .enforces(controller)
-            && real
-        {
-            true => Layer::on(name, &by),
-            false => {
-                let why = format!("{stand_in}: Podman has no {controller} controller here");
-                Layer::unenforced(name, why, limit, CGROUPS)
-            }
-        };
+        let can = host.enforced();
         let quota = (spec.cpus * 100_000.0) as u64;
-        let mut layers = vec![
-            limit(
-                "memory",
-                Limit::Memory,
-                "memory",
-                config["Memory"] == spec.memory_bytes && config["MemorySwap"] == spec.memory_bytes,
-                "RLIMIT_AS for each process alone",
-            ),
-            limit("cpus", Limit::Cpus, "cpu", config["CpuQuota"] == quota, "nothing"),
-        ];
-        layers.push(
-            match (host.enforces("pids") && config["PidsLimit"] == spec.processes, &self.settings.user) {
-                (true, _) => Layer::on("processes", &by),
-                (false, None) => Layer::on("processes", "RLIMIT_NPROC of a uid of its own for each sandbox"),
-                (false, Some(_)) => {
-                    let by = "RLIMIT_NPROC of the one user of all sandboxes";
-                    Layer::unenforced("processes", by, Limit::Processes, CGROUPS)
-                }
-            },
-        );
+        let memory = config["Memory"] == spec.memory_bytes && config["MemorySwap"] == spec.memory_bytes;
+        let enforced = Enforced {
+            memory: can.memory && memory,
+            cpus: can.cpus && config["CpuQuota"] == quota,
+            processes: can.processes && config["PidsLimit"] == spec.processes,
+        };
+        let own_uids = self.settings.user.is_none();
+        let mut layers = enforced.layers(&by, "Podman", own_uids, CGROUPS).to_vec();
         layers.push(self.settings.uids_layer(DRIVER));
         layers.push(match host.rootless {
             true => Layer::on("user_namespace", "the one of rootless Podman, without rights outside"),
@@ -818,7 +821,7 @@ mod tests {
     use super::*;
     use crate::runtime::container::Pull;
 
-    fn request() -> Value {
+    fn request(enforced: Enforced) -> Value {
         let settings = Settings {
             url: "unix:///x".into(),
             instance: "me".into(),
@@ -831,12 +834,12 @@ mod tests {
         let program = ["python3", "-c", "x"].map(str::to_owned).to_vec();
         let spec = SandboxSpec { cpus: 0.5, ..SandboxSpec::smallest() };
         let files = Files { profile: "/run/profile.json".into(), hosts: Some("/run/hosts".into()) };
-        container_request(&spec, &settings, &KeySecret([7; 32]), "5:6", &files, program)
+        container_request(&spec, &settings, &KeySecret([7; 32]), enforced, "5:6", &files, program)
     }
 
     #[test]
     fn every_layer_is_asked_for_by_the_names_that_podman_knows() {
-        let request = request();
+        let request = request(Enforced { memory: true, cpus: true, processes: true });
         for (key, wanted) in [
             ("cap_drop", json!(["ALL"])),
             ("no_new_privileges", json!(true)),
@@ -868,6 +871,16 @@ mod tests {
         let hosts = request["mounts"].as_array().unwrap().last().unwrap();
         assert_eq!((&hosts["destination"], &hosts["source"]), (&json!("/etc/hosts"), &json!("/run/hosts")));
         assert!(hosts["options"].as_array().unwrap().contains(&json!("ro")), "{hosts}");
+    }
+
+    #[test]
+    fn what_the_service_cannot_enforce_is_not_asked_for() {
+        // As systemd delegates to users where nobody has asked for more.
+        let limits = &request(Enforced { memory: true, cpus: false, processes: true })["resource_limits"];
+        assert!(
+            limits["cpu"].is_null() && limits["memory"].is_object() && limits["pids"].is_object(),
+            "{limits}"
+        );
     }
 
     #[test]
