@@ -1,7 +1,7 @@
 //! Our own share of a run: the CPU time of the server's thread, from the request's first byte to the answer's last, on
 //! an engine whose sandboxes answer at once. Sockets are real, and what the kernel does for them is in it.
 //!
-//! `--requests N` serves N runs and ends, for callgrind: see tests/instructions.sh.
+//! `--requests N` serves N runs and ends, for callgrind: see benches/instructions.sh.
 
 use std::net::SocketAddr;
 use std::os::unix::thread::JoinHandleExt;

@@ -8,7 +8,8 @@ the median over the rounds. Needs only the standard library; the rate of 8 users
 The floor is benches/floor.py under the interpreter that the sandboxes have. Linux, and best as root.
 """
 
-import argparse, atexit, json, os, re, shutil, signal, socket, statistics, subprocess, sys, tempfile, threading, time
+import argparse, atexit, json, multiprocessing, os, re, shutil, signal, socket, statistics, subprocess, sys, tempfile
+import threading, time, urllib.request
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 PROGRAM = os.path.join(HERE, "..", "target", "release", "codesandbox")
@@ -71,6 +72,10 @@ class Server:
         self.process.send_signal(signal.SIGTERM)
         self.process.wait()
 
+    def metric(self, series):
+        with urllib.request.urlopen("http://%s:%d/metrics" % self.address) as answer:
+            return float(re.search(r"^codesandbox_%s (\S+)$" % re.escape(series), answer.read().decode(), re.M)[1])
+
     def sandbox_pids(self):
         """The processes of all sandboxes: what descends from the server, less the launcher's two."""
         children = {}
@@ -120,7 +125,8 @@ def timed(target, count, pause):
 
 def rate(targets, seconds):
     """Runs a second of several floors side by side."""
-    counts = [0] * len(targets)
+    context = multiprocessing.get_context("fork")  # threads would wait for each other
+    counts = context.Array("q", len(targets))
 
     def work(index):
         end = time.perf_counter() + seconds
@@ -128,11 +134,12 @@ def rate(targets, seconds):
             targets[index].run()
             counts[index] += 1
 
-    threads = [threading.Thread(target=work, args=(index,)) for index in range(len(targets))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    processes = [context.Process(target=work, args=(index,)) for index in range(len(targets))]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+        assert process.exitcode == 0, "a floor has failed"
     return sum(counts) / seconds
 
 
@@ -181,6 +188,11 @@ def warm(rounds, count):
         row(name, median(ours), median(theirs), "ms", "<= 1.4")
         print("%46s spread of the ratio: %.2f to %.2f" % ("", min(ratios), max(ratios)))
     floor.stop()
+    counters = ("run_page_faults_total", "run_cpu_seconds_total")
+    before = [server.metric(name) for name in counters]
+    timed(client, count, 0.01)
+    faults, cpu = [(server.metric(name) - old) / count for name, old in zip(counters, before)]
+    print("a fresh run's process, until its outcome %18.0f page faults, %.2f ms of CPU  goal <= 200, <= 0.8" % (faults, cpu * 1000))
     kernel = Client(server, "kernel", mode="kernel")
     timed(kernel, 50, 0.002)
     for name, pause in (("kernel run to a fresh one, a pause of 10 ms", 0.01), ("kernel run to a fresh one, back to back", 0)):
