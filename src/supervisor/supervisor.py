@@ -33,6 +33,8 @@ PARKED = b"parked"  # the name of a PID 1 that is
 PARKED_KERNEL = b"parked kernel"  # and of one that had a kernel, which nobody can talk to any more
 EMPTY = b'["total 0"]'
 LENGTH = struct.Struct(">I")
+TASK = struct.Struct(">4I")  # the lengths of what follows: code, data, stdin, and narrower limits than the sandbox's
+REST = b"\xff"  # ahead of a task, of which it is no beginning: nothing is to be done yet
 
 WORKSPACE = "/workspace"
 CODE_NAME = "<code>"  # the guest's code in its tracebacks
@@ -44,7 +46,7 @@ PR_SET_DUMPABLE, PR_SET_NAME = 4, 15
 PARK_WAIT_S = 5.0  # for a PID 1 whose server has only just left
 OOM_SCORE_ADJ = "900"  # of all but the supervisor, whose own comes from the engine
 NICE = 10  # of all but the supervisor: a guest's fork bomb must not starve what is to stop it
-WARM_AFTER_S = 0.002  # a sandbox that is busy has its next task sooner, and saves the warming
+REST_AFTER_MS = 2  # a sandbox that is busy has its next task sooner, and saves the warming
 MOST_ENDED = 256  # children collected in one go
 PLAIN_CHARACTERS = 10_000  # of a value as Python prints it
 BETWEEN_BYTES = 64 * 1024  # of what a kernel prints between two runs, and never more than half of the cap
@@ -225,18 +227,29 @@ def prepare(limits):
             resource.setrlimit(getattr(resource, "RLIMIT_" + name), (value, value))
 
 
-def read_task(fd):
-    """The sections of the task, once somebody gives it."""
-    data = os.read(fd, 1 << 12)
+def packed(task):
+    """The sections of a task, as `read_task` takes them apart."""
+    return TASK.pack(*map(len, task)) + b"".join(task)
+
+
+def read_task(fd, data=b""):
+    """The sections of the task, once somebody gives it, whose beginning may have been read."""
+    data = data or os.read(fd, 1 << 12)
     if not data:
         os._exit(0)  # the supervisor has no use for this process any more
-    (length,) = LENGTH.unpack_from(data)
-    missing = LENGTH.size + length - len(data)
-    parts = [data[LENGTH.size :]]
-    while missing:
-        parts.append(os.read(fd, min(missing, 1 << 20)))
-        missing -= len(parts[-1])
-    return split(b"".join(parts))
+    lengths = TASK.unpack_from(data)
+    missing = TASK.size + sum(lengths) - len(data)
+    if missing:
+        parts = [data]
+        while missing:
+            parts.append(os.read(fd, min(missing, 1 << 20)))
+            missing -= len(parts[-1])
+        data = b"".join(parts)
+    sections, at = [], TASK.size
+    for length in lengths:
+        sections.append(data[at : at + length])
+        at += length
+    return sections
 
 
 def blame(value, path, depth=0):
@@ -495,9 +508,10 @@ class Extras:
                 self.display[media_type] = text
 
     def encoded(self):
+        if not (self.artifacts or self.display or self.cut):
+            return b""
         parts = {"artifacts": self.artifacts, "display": self.display, "cut": self.cut}
-        parts = {name: part for name, part in parts.items() if part}
-        return dumps(parts).encode() if parts else b""
+        return dumps({name: part for name, part in parts.items() if part}).encode()
 
 
 def base64(data):
@@ -531,9 +545,12 @@ def run_process(task, out, err, result, limits):
     os.dup2(out, 1), os.dup2(err, 2)  # 0 is the forker's own, which is empty
     low, high = (task, result) if task < result else (result, task)
     os.closerange(3, low), os.closerange(low + 1, high), os.closerange(high + 1, MOST_DESCRIPTORS)
-    if not select.select([task], [], [], WARM_AFTER_S)[0]:  # nobody waits: one who comes later shall not, either
+    begun = os.read(task, 1 << 12)
+    resting = begun[:1] == REST
+    if resting:  # nobody waits: one who comes later shall not, either
         warm_up()
-    source, data, stdin, narrowed = read_task(task)
+        begun = begun[1:]
+    source, data, stdin, narrowed = read_task(task, begun)
     os.close(task)
     if stdin:
         feed(stdin)
@@ -542,6 +559,16 @@ def run_process(task, out, err, result, limits):
     outcome = outcome_to_tell(source, data, limits, run_fresh)
     if os.getpid() == pid:  # and not a fork of the guest's that came to the end of the code
         write_all(result, outcome)
+        if resting:
+            let_answer()
+
+
+def let_answer():
+    """Lets the supervisor go first. Who writes to a pipe has its reader woken on the core that the writer is on, since
+    the kernel takes it to sleep soon; and this process has its exit before it, a third of a millisecond. Of a busy
+    sandbox the next interpreter waits for that exit, and with it the next run, so there it is better done at once.
+    """
+    os.sched_yield()
 
 
 def outcome_to_tell(source, data, limits, run):
@@ -694,6 +721,7 @@ def kernel_process(channel, out, err, begun, limits):
             os._exit(0)  # a fork of the guest's that came to the end of the code
         give_room()
         write_all(channel, outcome)
+        let_answer()
 
 
 def stands_in_ahead():
@@ -724,21 +752,27 @@ class Interpreter:
     """An interpreter forked in advance, waiting for its one task."""
 
     def __init__(self, pid, descriptors):
-        self.pid = pid
+        self.pid, self.is_warm = pid, False
         self.task, self.out, self.err, self.result = descriptors
         for fd in (self.out, self.err, self.result):
             os.set_blocking(fd, False)
 
     def give(self, sections):
         """Hands over the task; False where the interpreter died waiting, and so has not begun it."""
-        payload = join(sections)
         try:
-            write_all(self.task, LENGTH.pack(len(payload)) + payload)
+            write_all(self.task, packed(sections))
             return True
         except BrokenPipeError:
             return False
         finally:
             os.close(self.task)
+
+    def warm_up(self):
+        self.is_warm = True
+        try:
+            os.write(self.task, REST)
+        except BrokenPipeError:
+            pass  # it is dead, which the next task finds out
 
     def close(self):
         for fd in (self.out, self.err, self.result):
@@ -755,6 +789,8 @@ class Interpreter:
 
 def fork_forever(socket, limits):
     """Holds one interpreter ready; when that has ended, kills what it left behind, tells, forks the next."""
+    poller = select.poll()
+    poller.register(socket, select.POLLIN)
     while True:
         pipes = [os.pipe() for _ in range(4)]
         (task, give), (out_read, out), (err_read, err), (result_read, result) = pipes
@@ -768,7 +804,7 @@ def fork_forever(socket, limits):
             os.close(pair[0]), os.close(pair[1])
         _, status, usage = os.wait4(pid, 0)
         end = None
-        kernel = told_kernel(socket)
+        kernel = told_kernel(socket, poller)
         # All but PID 1, which collects them, and this process, which has children by clone(CLONE_PARENT).
         while MODE != BESIDE and kill_all(kernel):  # beside PID 1 the supervisor would be one of them, and kills itself
             end = end or time.monotonic() + REAP_S
@@ -780,10 +816,10 @@ def fork_forever(socket, limits):
         socket.send(ENDED.pack(status, cpu_us, usage.ru_minflt))
 
 
-def told_kernel(socket):
+def told_kernel(socket, poller):
     """The kernel that is to be spared, as the supervisor told before the run."""
     kernel = None
-    while select.select([socket], [], [], 0)[0]:
+    while poller.poll(0):
         data = socket.recv(KERNEL.size)
         if not data:
             os._exit(0)
@@ -1474,10 +1510,10 @@ class Supervisor:
         if self.kernel and self.kernel.status() is not None:
             self.lose_kernel()
         begun = time.monotonic()
-        payload = join(task)
+        task = packed(task)
         for _ in range(2):
             self.kernel = self.kernel or Kernel(self.limits)
-            run = KernelRun(self, nonce, options, self.kernel, LENGTH.pack(len(payload)) + payload)
+            run = KernelRun(self, nonce, options, self.kernel, task)
             run.wait()
             run.drain()
             if not run.forker_died:
@@ -1562,11 +1598,17 @@ class Supervisor:
             frame = self.input.take()
             if frame:
                 return frame
+            self.rest()
             if self.kernel and not self.kernel.watch():
                 self.lose_kernel()
                 self.waiting = self.next_interpreter()
                 continue
             self.input.fill()
+
+    def rest(self):
+        """Has the interpreter that waits warm up, once it is clear that its task is not just coming."""
+        if self.waiting and not self.waiting.is_warm and not self.poller.poll(REST_AFTER_MS):
+            self.waiting.warm_up()
 
     def serve_forever(self):
         while True:

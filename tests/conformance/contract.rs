@@ -20,6 +20,7 @@ behaviours! {
     absent_and_null_fields_mean_the_same,
     standard_input_is_what_the_request_says_and_empty_otherwise,
     a_fresh_run_keeps_files_and_forgets_variables,
+    a_run_that_comes_just_as_its_sandbox_comes_to_rest_is_as_any_other,
     fields_that_have_nothing_to_say_are_absent,
     an_exception_is_shown_as_python_shows_it_and_never_our_own_lines,
     code_that_is_no_python_is_a_syntax_error_with_its_line,
@@ -268,6 +269,18 @@ fn a_fresh_run_keeps_files_and_forgets_variables(driver: &Driver) {
     assert_eq!(answer["result"], json!(["__main__", "hello", false]));
     assert_eq!(server.run(&u, "kept")["error_detail"]["name"], "NameError");
     assert_eq!(server.run(&u, "import os\nresult = os.getcwd()")["result"], "/workspace");
+}
+
+/// From 2 ms without a task on the interpreter that waits is told to warm up, and may find the two in one read.
+fn a_run_that_comes_just_as_its_sandbox_comes_to_rest_is_as_any_other(driver: &Driver) {
+    let (server, u) = driver.server(&[]);
+    server.run(&u, "pass");
+    for step in 0..60 {
+        std::thread::sleep(Duration::from_micros(50 * step));
+        let padding = "#".repeat(if step % 2 == 0 { 0 } else { 10_000 });
+        let answer = server.run(&u, &format!("result = {step} {padding}"));
+        assert_eq!(answer["result"], json!(step), "{answer}");
+    }
 }
 
 // -- the answer --------------------------------------------------------------------------------------
