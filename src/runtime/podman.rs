@@ -11,9 +11,10 @@ use async_trait::async_trait;
 use futures_util::StreamExt;
 use hyper::{Method, StatusCode};
 use podman_api::Podman as Client;
+use podman_api::models::ContainerStatus;
 use podman_api::opts::{
-    ContainerDeleteOpts, ContainerListFilter, ContainerListOpts, ContainerListOptsBuilder, PullOpts,
-    PullPolicy,
+    ContainerDeleteOpts, ContainerListFilter, ContainerListOpts, ContainerListOptsBuilder, ContainerTopOpts,
+    ContainerWaitOpts, ExecCreateOpts, PullOpts, PullPolicy,
 };
 use serde_json::{Value, json};
 use tokio::sync::OnceCell;
@@ -496,12 +497,14 @@ impl Inner {
     ///
     /// A run that stopped the last supervisor beside it would outlive it, and look into the next one's descriptors.
     async fn is_deserted(&self, id: &SandboxId) -> Result<()> {
-        let path = format!("/containers/{id}/top?stream=false&ps_args=pid");
+        let containers = self.client.containers();
+        let container = containers.get(&id.0);
+        let pids = ContainerTopOpts::builder().ps_args("pid").build();
         let until = Instant::now() + DESERTED_WAIT;
         loop {
-            let inside = within("top", self.raw.call(Method::GET, &path, &Value::Null)).await;
+            let inside = within_crate("top", container.top(&pids)).await;
             let inside = inside.map_err(|failure| of(failure, id, "look into"))?;
-            if inside["Processes"].as_array().is_some_and(|processes| processes.len() == 1) {
+            if inside.processes.len() == 1 {
                 return Ok(());
             }
             if Instant::now() > until {
@@ -515,11 +518,12 @@ impl Inner {
     async fn attach_beside(&self, id: &SandboxId) -> Result<Sandbox> {
         let words = self.last_words.begin(id);
         let program = Program::supervisor(Mode::Beside);
-        let request = json!({"AttachStdin": true, "AttachStdout": true, "AttachStderr": true, "Tty": false, "Cmd": program});
-        let path = format!("/containers/{id}/exec");
-        let made = within("exec", self.raw.call(Method::POST, &path, &request)).await;
+        let streams = ExecCreateOpts::builder().attach_stdin(true).attach_stdout(true).attach_stderr(true);
+        let containers = self.client.containers();
+        let container = containers.get(&id.0);
+        let made = within_crate("exec", container.create_exec(&streams.command(program).build())).await;
         let made = made.map_err(|failure| of(failure, id, "exec in"))?;
-        let path = format!("/exec/{}/start", made["Id"].as_str().unwrap_or_default());
+        let path = format!("/exec/{}/start", made.id());
         // By hand: podman-api's own decoder panics at a byte that it does not know.
         let begin = json!({"Detach": false, "Tty": false});
         let attached = within("start exec", self.raw.stream(&path, &begin, words)).await;
@@ -552,11 +556,13 @@ impl Inner {
         };
         let wired = answers(&mut stream).await;
         drop(stream);
-        let path = format!("/containers/{id}/wait?condition=exited");
-        let end = self.raw.call(Method::POST, &path, &Value::Null);
+        let containers = self.client.containers();
+        let container = containers.get(&id.0);
+        let exited = ContainerWaitOpts::builder().conditions([ContainerStatus::Exited]).build();
+        let end = within_crate("wait", container.wait(&exited));
         if let Ok(end) = tokio::time::timeout(END_WAIT, end).await {
             tracing::debug!(wired, "a container ended with its stdin");
-            return end.map(|_| false).map_err(|failure| of(failure, id, "await"));
+            return end.map(|()| false).map_err(|failure| of(failure, id, "await"));
         }
         let mut again = self.attach(id).await?;
         let survives = answers(&mut again.stream).await;
