@@ -4,7 +4,7 @@
     cargo build --release && python3 benches/phases.py [--runs 60] [--pause 0.01]
 
 Needs root and `perf` (Debian: linux-perf), whose record of every system call and task switch makes all of it about a
-fifth longer. Prints medians, in microseconds.
+fifth longer. Prints medians, in microseconds, as the table of the README.
 """
 
 import argparse, os, re, statistics, subprocess, tempfile, time
@@ -22,7 +22,7 @@ PHASES = (
     ("", "PID 1 has looked that it is alone, and sent its report"),
     ("", "the server has parsed that, and written the answer"),
     ("", "the client is on a core"),
-    ("the end of the code", "the interpreter has given back its memory (its exit)"),
+    ("the interpreter is killed, 1 ms after the answer", "it has given back its memory (its exit)"),
     ("", "the forker has killed what may be left, and forked the next"),
 )
 
@@ -30,15 +30,16 @@ PHASES = (
 def trace(server, client, runs, pause):
     """The events of so many runs: time in microseconds, task, name, number or text."""
     with tempfile.NamedTemporaryFile() as data:
-        command = ["perf", "record", "-q", "-a", "-m", "16M", "-e", EVENTS, "-o", data.name, "--", "sleep", str(1 + runs * (pause + 0.004))]
-        recorder = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+        record = ["perf", "record", "-q", "-a", "-m", "16M", "-e", EVENTS, "-o", data.name]
+        recorder = subprocess.Popen([*record, "sleep", str(1 + runs * (pause + 0.004))], stderr=subprocess.DEVNULL)
         time.sleep(0.5)
         for _ in range(runs):
             client.run()
             time.sleep(pause)
         if recorder.wait():
             raise SystemExit("perf cannot record: it needs root, and Debian's package linux-perf")
-        text = subprocess.run(["perf", "script", "-i", data.name, "-F", "tid,time,event,trace"], capture_output=True, text=True, check=True).stdout
+        script = ["perf", "script", "-i", data.name, "-F", "tid,time,event,trace"]
+        text = subprocess.run(script, capture_output=True, check=True).stdout.decode(errors="replace")
     events = []
     for match in map(LINE.match, text.splitlines()):
         if match:
@@ -47,7 +48,7 @@ def trace(server, client, runs, pause):
 
 
 def first(events, since, wanted):
-    """The time of the first event after `since` that is as wanted."""
+    """The first event after a time that is as wanted."""
     return next((event for event in events if event[0] > since and wanted(event)), None)
 
 
@@ -56,23 +57,33 @@ def called(tasks, *numbers):
 
 
 def on_core(task):
-    return lambda event: event[2] == "sched_switch" and "next_pid=%d " % task in event[3] + " "
+    return lambda event: event[2] == "sched_switch" and "next_pid=%d " % task in event[3]
+
+
+def off_core_for_good(task):
+    return lambda event: event[2] == "sched_switch" and re.search("prev_pid=%d .*prev_state=[ZX]" % task, event[3])
+
+
+def happened(name, task):
+    return lambda event: event[2] == name and event[1] == task
 
 
 def marks(events, sent, me, server, first_process, forker):
-    """When each phase of one run ended: nine times."""
+    """When each phase of one run began and ended, nine pairs, in microseconds."""
     given = first(events, sent, called(server, WRITE, WRITEV, SEND))
     handed = first(events, given[0], called({first_process}, WRITE))
-    forked = [event for event in events if event[2] == "sched_process_fork" and event[1] == forker and event[0] < sent]
+    forked = [event for event in events if event[0] < sent and happened("sched_process_fork", forker)(event)]
     interpreter = int(re.search(r"child_pid=(\d+)", forked[-1][3])[1])
     running = first(events, given[0], on_core(interpreter))
     told = first(events, running[0], called({interpreter}, WRITE))
     reported = first(events, told[0], called({first_process}, WRITE))
     answered = first(events, reported[0], called(server, WRITE, WRITEV, SEND))
     back = first(events, answered[0], on_core(me))
-    gone = first(events, told[0], lambda event: event[2] == "sched_switch" and "prev_pid=%d " % interpreter in event[3] and re.search("prev_state=[ZX]", event[3]))
-    following = first(events, gone[0], lambda event: event[2] == "sched_process_fork" and event[1] == forker)
-    return [event[0] for event in (given, handed, running, told, reported, answered, back, gone, following)]
+    killed = first(events, told[0], happened("sched_process_exit", interpreter))
+    gone = first(events, killed[0], off_core_for_good(interpreter))
+    following = first(events, gone[0], happened("sched_process_fork", forker))
+    ends = [event[0] for event in (given, handed, running, told, reported, answered, back, gone, following)]
+    return list(zip([sent, *ends[:6], killed[0], gone[0]], ends))
 
 
 def main():
@@ -98,8 +109,9 @@ def main():
                 times = marks(events, event[0], os.getpid(), tasks, first_process, forker)
             except (IndexError, TypeError):
                 continue  # the first and the last are not recorded as a whole
-            begins = [event[0], *times[:6], times[3], times[7]]
-            rows.append([end - begin for begin, end in zip(begins, times)])
+            rows.append([end - begin for begin, end in times])
+    if len(rows) < options.runs / 2:
+        raise SystemExit("only %d of %d runs have all their phases in perf's record" % (len(rows), options.runs))
     for (since, until), column in zip(PHASES, zip(*rows)):
         print("| %s | %s | %.0f |" % (since, until, statistics.median(column)))
     print("from %d runs" % len(rows))
