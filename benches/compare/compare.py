@@ -3,14 +3,15 @@
 
     cargo build --release && tests/engines.sh run benches/compare/run.sh [--quick] [--only NAME]...
 
-All contenders are up at once and take turns in each round. A p50 is the median over the rounds, with the least and the
-most of them in parentheses; p90 and p99 are of all runs of all rounds (p99 of fewer than 100 runs is the slowest).
-"x floor" is the ratio to the floor's. The memory of an idle session is PSS, with the container's shim or conmon where
-it has one. The client is the same for all: threads of this program, which share the cores with what they measure.
+All contenders are up at once and take turns in each round, every second one backwards. A p50 is the median over the
+rounds, with the least and the most of them in parentheses; p90 and p99 are of all runs of all rounds (p99 of fewer than
+100 runs is the slowest). "x floor" is the ratio to the floor's in the same round, told alike. The memory of an idle
+session is PSS, with the container's shim or conmon where it has one. The client is the same for all: threads of this
+program, which share the cores with what they measure.
 A full run draws figures/compare.svg, too. Root, on Debian 12.
 """
 
-import argparse, os, signal, sys, threading, time
+import argparse, os, platform, shutil, signal, subprocess, sys, threading, time
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(1, os.path.dirname(HERE))  # measure, engines and pool
@@ -30,10 +31,10 @@ PAUSE_S = 0.01
 FIRST_PAUSE_S = 0.2  # before each first run
 
 PROBE = r"""
-import os
+import os, sys
 status = dict(line.split(":\t", 1) for line in open("/proc/self/status").read().splitlines() if ":\t" in line)
 result = {
-    "uid": os.getuid(), "capabilities": bin(int(status["CapEff"], 16)).count("1"),
+    "python": sys.version.split()[0], "uid": os.getuid(), "capabilities": bin(int(status["CapEff"], 16)).count("1"),
     "no_new_privs": status["NoNewPrivs"].strip(), "seccomp": status["Seccomp"].strip(),
     "interfaces": [line.split(":")[0].strip() for line in open("/proc/net/dev") if ":" in line],
     "processes": len([name for name in os.listdir("/proc") if name.isdigit()]),
@@ -249,17 +250,34 @@ def rate(outcome, count, amounts):
     outcome.rates[count].append(sum(counts) / (time.perf_counter() - begun))
 
 
+def settle(outcome):
+    outcome.contender.settle()
+
+
 def one_round(outcome, amounts):
     contender = outcome.contender
     outcome.attempt("paced", warm, "paced", PAUSE_S, amounts)
     outcome.attempt("back to back", warm, "back to back", 0, amounts)
     outcome.attempt("cold", first, "cold", contender.cold_user, amounts)
     outcome.attempt("pooled", first, "pooled", contender.pooled_user, amounts)
+    outcome.attempt("settle", settle)  # what the last of the pooled has taken is made again
     for count in USERS:
         outcome.attempt("%d users" % count, rate, count, amounts)
 
 
 # --- Telling it
+
+
+def circumstances():
+    """What the figures are of."""
+    with open("/proc/cpuinfo") as file:
+        model = next((line.split(":")[1].strip() for line in file if line.startswith("model name")), platform.machine())
+    commit = subprocess.run(["git", "-C", HERE, "describe", "--always", "--dirty"], capture_output=True, text=True).stdout
+    versions = [subprocess.run([name, "--version"], capture_output=True, text=True).stdout.strip()
+                for name in ("dockerd", "podman", "bwrap") if shutil.which(name)]
+    return "%s: codesandbox %s; Linux %s, %d cores of %s; %s" % (
+        time.strftime("%Y-%m-%d"), commit.strip(), platform.release(), os.cpu_count(), model, "; ".join(versions)
+    )
 
 
 def table(title, head, rows):
@@ -288,7 +306,12 @@ def p50_cells(outcome, floor, measure):
     ours, theirs = p50s(outcome, measure), p50s(floor, measure) if floor else []
     if not ours:
         return ["failed" if measure in outcome.failed else "-", "-"]
-    return [with_spread(ours), number(median(ours) / median(theirs)) if theirs else "-"]
+    return [with_spread(ours), ratio(ours, theirs)]
+
+
+def ratio(ours, theirs):
+    """By rounds, of which one that failed has fewer."""
+    return with_spread([one / other for one, other in zip(ours, theirs)]) if ours and theirs else "-"
 
 
 def warm_row(outcome, floor):
@@ -296,8 +319,8 @@ def warm_row(outcome, floor):
     for measure in ("paced", "back to back"):
         times = [one for times in outcome.times.get(measure, []) for one in times]
         tails = [number(percentile_ms(times, percent)) for percent in (90, 99)] if times else ["-", "-"]
-        p50, ratio = p50_cells(outcome, floor, measure)
-        row += [p50, *tails, ratio, str(len(times))]
+        p50, to_floor = p50_cells(outcome, floor, measure)
+        row += [p50, *tails, to_floor, str(len(times))]
     return row
 
 
@@ -306,8 +329,7 @@ def rate_row(outcome, floor):
     for count in USERS:
         failed = "failed" if "%d users" % count in outcome.failed else "-"
         row.append(with_spread(outcome.rates[count]) if outcome.rates[count] else failed)
-    ours, theirs = outcome.rates[1], floor.rates[1] if floor else []
-    return row + [number(median(ours) / median(theirs)) if ours and theirs else "-"]
+    return row + [ratio(outcome.rates[1], floor.rates[1] if floor else [])]
 
 
 def first_row(outcome, floor):
@@ -325,10 +347,10 @@ def first_row(outcome, floor):
 def isolation_row(outcome):
     found = outcome.probed
     if not found:
-        return [outcome.contender.name] + ["-"] * 7
+        return [outcome.contender.name] + ["-"] * 8
     seccomp, network = {"0": "no", "2": "yes"}.get(found["seccomp"], "?"), "+".join(found["interfaces"]) or "none"
     return [
-        outcome.contender.name, str(found["uid"]), str(found["capabilities"]),
+        outcome.contender.name, found["python"], str(found["uid"]), str(found["capabilities"]),
         "yes" if found["no_new_privs"] == "1" else "no", seccomp, network, str(found["processes"]),
         "yes" if found["usr"] else "no",
     ]
@@ -337,6 +359,7 @@ def isolation_row(outcome):
 def tell(outcomes, amounts):
     running = [outcome for outcome in outcomes if not outcome.reason]
     floor = next((one for one in running if one.contender.name == "floor"), None)
+    print(circumstances())
     tail = ["p50 ms", "p90", "p99", "x floor", "runs"]
     table("A warm run: with a pause of 10 ms (left), and back to back (right)", ["", *tail, *tail],
           [warm_row(one, floor) for one in running])
@@ -346,7 +369,7 @@ def tell(outcomes, amounts):
           ["", "cold p50 ms", "x floor", "pooled p50 ms", "burst: median ms", "p95", "p99", "answered", "idle MiB"],
           [first_row(one, floor) for one in running])
     table("Isolation, as a program in it sees it",
-          ["", "uid", "capabilities", "no_new_privs", "seccomp", "interfaces", "processes seen", "may write /usr"],
+          ["", "Python", "uid", "capabilities", "no_new_privs", "seccomp", "interfaces", "processes seen", "may write /usr"],
           list(map(isolation_row, running)))
     print()
     for outcome in outcomes:
@@ -399,7 +422,7 @@ def measure_all(outcomes, amounts):
         outcome.attempt("start", make_users)
         outcome.attempt("probe", probe)
     for number in range(amounts.rounds):
-        for outcome in outcomes:
+        for outcome in outcomes[:: -1 if number % 2 else 1]:
             say("round %d of %d: %s" % (number + 1, amounts.rounds, outcome.contender.name))
             one_round(outcome, amounts)
     for outcome in outcomes:
