@@ -46,7 +46,6 @@ PR_SET_DUMPABLE, PR_SET_NAME = 4, 15
 PARK_WAIT_S = 5.0  # for a PID 1 whose server has only just left
 OOM_SCORE_ADJ = "900"  # of all but the supervisor, whose own comes from the engine
 NICE = 10  # of all but the supervisor: a guest's fork bomb must not starve what is to stop it
-ANSWER_S = 0.001  # from a run's outcome to where its answer is with the client
 REST_AFTER_MS = 2  # a sandbox that is busy has its next task sooner, and saves the warming
 MOST_ENDED = 256  # children collected in one go
 PLAIN_CHARACTERS = 10_000  # of a value as Python prints it
@@ -561,7 +560,15 @@ def run_process(task, out, err, result, limits):
     if os.getpid() == pid:  # and not a fork of the guest's that came to the end of the code
         write_all(result, outcome)
         if resting:
-            time.sleep(ANSWER_S)  # the supervisor ends this process before; its exit would be in the answer's way
+            let_answer()
+
+
+def let_answer():
+    """Lets the supervisor go first. Who writes to a pipe has its reader woken on the core that the writer is on, since
+    the kernel takes it to sleep soon; and this process has its exit before it, a third of a millisecond. Of a busy
+    sandbox the next interpreter waits for that exit, and with it the next run, so there it is better done at once.
+    """
+    os.sched_yield()
 
 
 def outcome_to_tell(source, data, limits, run):
@@ -714,7 +721,7 @@ def kernel_process(channel, out, err, begun, limits):
             os._exit(0)  # a fork of the guest's that came to the end of the code
         give_room()
         write_all(channel, outcome)
-        os.sched_yield()  # whom a pipe's writer wakes is put on the writer's core, to be next there
+        let_answer()
 
 
 def stands_in_ahead():
@@ -1078,7 +1085,7 @@ class FreshRun(Run):
 
     def __init__(self, supervisor, nonce, options, interpreter):
         super().__init__(supervisor, nonce, options, interpreter.pid)
-        self.is_leaving, self.was_at_rest = False, interpreter.is_warm
+        self.is_leaving = False
         self.out = Capture(interpreter.out, self.cap("stdout"), self.teller(b"\1"))
         self.err = Capture(interpreter.err, self.cap("stderr"), self.teller(b"\2"))
         self.result = Capture(interpreter.result, self.result_cap())
@@ -1105,20 +1112,9 @@ class FreshRun(Run):
         self.is_leaving = False
         super().end(ended)
 
-    def halt(self):
-        """It has nothing left to do; one that forged its outcome would go on beside its answer.
-
-        A process is a third of a millisecond about its exit, and holds up on its core whom it woke. After a rest that
-        has time until the answer is out. In a busy sandbox the next run waits for it, by way of the forker.
-        """
-        send_signal(self.pid, _signal.SIGSTOP if self.was_at_rest else _signal.SIGKILL)
-
-    def finish(self):
-        """After the answer."""
-        if self.was_at_rest:
-            self.poller.poll(ANSWER_S * 1000)
-            send_signal(self.pid, _signal.SIGKILL)
-        self.end(self.supervisor.forker.ended(LEAVE_S))
+    def kill_process(self):
+        """It has nothing left to do; one that forged its outcome would go on beside its answer."""
+        send_signal(self.pid, _signal.SIGKILL)
 
     def is_alone(self):
         """Whether no process and no thread was started since this one: pids go up by one."""
@@ -1494,14 +1490,14 @@ class Supervisor:
         run.wait()
         spent = time.monotonic() - run.since
         if run.is_leaving:
-            run.halt()
+            run.kill_process()
         else:
             self.clear_up(run)
         run.drain()
         send(nonce, DONE, *self.answer(run, spent))
         interpreter.close()
         if run.is_leaving:
-            run.finish()
+            run.end(self.forker.ended(LEAVE_S))
             self.clear_up(run)
         self.waiting = self.next_interpreter()  # at once: descriptors under way count against a user of the host
 
