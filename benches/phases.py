@@ -22,7 +22,7 @@ PHASES = (
     ("", "PID 1 has looked that it is alone, and sent its report"),
     ("", "the server has parsed that, and written the answer"),
     ("", "the client is on a core"),
-    ("the interpreter is killed, 1 ms after the answer", "it has given back its memory (its exit)"),
+    ("the interpreter exits, beside the answer", "it has given back its memory (its exit)"),
     ("", "the forker has killed what may be left, and forked the next"),
 )
 
