@@ -508,10 +508,9 @@ class Extras:
                 self.display[media_type] = text
 
     def encoded(self):
-        if not (self.artifacts or self.display or self.cut):
-            return b""
         parts = {"artifacts": self.artifacts, "display": self.display, "cut": self.cut}
-        return dumps({name: part for name, part in parts.items() if part}).encode()
+        parts = {name: part for name, part in parts.items() if part}
+        return dumps(parts).encode() if parts else b""
 
 
 def base64(data):
