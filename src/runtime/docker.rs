@@ -117,7 +117,7 @@ fn container_request(
         // Limits.
         memory: enforced.memory.then_some(spec.memory_bytes as i64),
         memory_swap: enforced.memory.then_some(spec.memory_bytes as i64), // of both together: no swap
-        nano_cpus: enforced.cpus.then_some((spec.cpus * 1e9) as i64),
+        nano_cpus: enforced.cpus.then(|| nano_cpus(spec)),
         pids_limit: enforced.processes.then_some(spec.processes as i64),
         ulimits: Some(container::resources(spec).map(ulimit).collect()),
         oom_score_adj: Some(OOM_SCORE_ADJ),
@@ -233,7 +233,6 @@ fn connect(url: &str, tls: Option<&Tls>) -> std::result::Result<Client, ClientEr
     }
 }
 
-/// Whether uids in a container are others outside.
 /// What the daemon says that it can; one that says nothing can.
 fn enforced(info: &SystemInfo) -> Enforced {
     Enforced {
@@ -243,6 +242,12 @@ fn enforced(info: &SystemInfo) -> Enforced {
     }
 }
 
+/// The share of CPU time as the daemon takes it.
+fn nano_cpus(spec: &SandboxSpec) -> i64 {
+    (spec.cpus * 1e9) as i64
+}
+
+/// Whether uids in a container are others outside.
 fn maps_uids(info: &SystemInfo) -> bool {
     let options = info.security_options.iter().flatten();
     options.into_iter().any(|option| option.contains("name=userns") || option.contains("name=rootless"))
@@ -406,12 +411,12 @@ impl Inner {
         let info = &self.info;
         let version = info.cgroup_version.map_or("?".into(), |version| version.to_string());
         let by = format!("control groups version {version}");
-        let HostConfig { memory, memory_swap, nano_cpus, pids_limit, .. } = real;
+        let HostConfig { memory, memory_swap, nano_cpus: real_cpus, pids_limit, .. } = real;
         let bytes = Some(spec.memory_bytes as i64);
         let can = enforced(info);
         let enforced = Enforced {
             memory: can.memory && *memory == bytes,
-            cpus: can.cpus && *nano_cpus == Some((spec.cpus * 1e9) as i64),
+            cpus: can.cpus && *real_cpus == Some(nano_cpus(spec)),
             processes: can.processes && *pids_limit == Some(spec.processes as i64),
         };
         let own_uids = self.settings.user.is_none();

@@ -149,6 +149,14 @@ impl Host {
     }
 }
 
+/// The kernel's own default: in each period of it a sandbox has its quota.
+const CPU_PERIOD_US: u32 = 100_000;
+
+/// Microseconds of CPU time in a period.
+fn cpu_quota(spec: &SandboxSpec) -> u64 {
+    (spec.cpus * f64::from(CPU_PERIOD_US)) as u64
+}
+
 /// What Podman is asked for: every security setting of this driver.
 ///
 /// `user` is `uid:gid`, and never root's.
@@ -180,7 +188,7 @@ fn container_request(
         .map(|(name, value)| json!({"type": name.to_uppercase(), "soft": value, "hard": value}))
         .collect();
     let memory = json!({"limit": spec.memory_bytes, "swap": spec.memory_bytes}); // of both together: no swap
-    let cpu = json!({"quota": (spec.cpus * 100_000.0) as u64, "period": 100_000});
+    let cpu = json!({"quota": cpu_quota(spec), "period": CPU_PERIOD_US});
     let pids = json!({"limit": spec.processes});
     let limits: HashMap<_, _> = [
         ("memory", enforced.memory, memory),
@@ -601,11 +609,10 @@ impl Inner {
         let (host, config) = (&self.host, &real["HostConfig"]);
         let by = format!("control groups {}", host.cgroup_version);
         let can = host.enforced();
-        let quota = (spec.cpus * 100_000.0) as u64;
         let memory = config["Memory"] == spec.memory_bytes && config["MemorySwap"] == spec.memory_bytes;
         let enforced = Enforced {
             memory: can.memory && memory,
-            cpus: can.cpus && config["CpuQuota"] == quota,
+            cpus: can.cpus && config["CpuQuota"] == cpu_quota(spec),
             processes: can.processes && config["PidsLimit"] == spec.processes,
         };
         let own_uids = self.settings.user.is_none();
