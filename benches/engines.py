@@ -7,9 +7,9 @@ The image with Python 3.11 against Debian 12's own: the same interpreter on ever
 is its own create and start of a container with the very same settings, which does nothing. Root.
 """
 
-import argparse, http.client, json, os, shutil, socket, sys, time, urllib.parse
+import argparse, http.client, json, os, socket, sys, time, urllib.parse
 
-from measure import Client, Floor, Server, first_runs, median, p50_ms, rate, timed, wrk_rate
+from measure import Client, Server, eight_users, first_runs, median, p50_ms, timed
 
 IMAGE = next((name for name in os.environ.get("TEST_IMAGES", "").split() if name.endswith(":3.11")), None)
 EMBEDDED_PYTHON = "/usr/bin/python3"
@@ -126,15 +126,15 @@ def warm(driver, rounds, count):
 
 def users(driver, rounds):
     """8 at once: the only figure that is not a time, and the only one against the floor."""
-    server, floors = Server(*driver.flags, prefix=driver.prefix), [Floor(EMBEDDED_PYTHON) for _ in range(2)]
-    pairs = [(wrk_rate(server, 8, 2), rate(floors, 2)) for _ in range(rounds)]
+    server = Server(*driver.flags, prefix=driver.prefix)
+    pairs = eight_users(server, EMBEDDED_PYTHON, rounds)
+    server.stop()
+    if not pairs:
+        return
     ours, theirs = map(median, zip(*pairs))
     ratios = [mine / other for mine, other in pairs]
     print("%-40s %8.0f/s  %8.0f/s  ratio %.2f (%.2f to %.2f)  goal >= 0.55" % (
         driver.name + ": 8 users, to two floors", ours, theirs, median(ratios), min(ratios), max(ratios)), flush=True)
-    for floor in floors:
-        floor.stop()
-    server.stop()
 
 
 def first(driver, rounds, count):
@@ -158,10 +158,7 @@ def main():
         if driver.name in arguments.engines:
             driver = driver()
             warm(driver, rounds, count)
-            if shutil.which("wrk"):
-                users(driver, rounds)
-            else:
-                print("8 users at once: not measured, wrk is not installed")
+            users(driver, rounds)
             first(driver, rounds, 4 if arguments.quick else 10)
 
 

@@ -153,6 +153,18 @@ def wrk_rate(server, users, seconds):
     return float(re.search(r"Requests/sec:\s+([\d.]+)", text)[1])
 
 
+def eight_users(server, python, rounds):
+    """Runs a second of 8 users at once and of two floors side by side, in turns; none without wrk."""
+    if not shutil.which("wrk"):
+        print("8 users at once: not measured, wrk is not installed")
+        return []
+    floors = [Floor(python), Floor(python)]
+    pairs = [(wrk_rate(server, 8, 2), rate(floors, 2)) for _ in range(rounds)]
+    for floor in floors:
+        floor.stop()
+    return pairs
+
+
 def pss_kib(pid):
     with open("/proc/%d/smaps_rollup" % pid) as file:
         return int(re.search(r"^Pss:\s+(\d+)", file.read(), re.M)[1])
@@ -199,17 +211,8 @@ def warm(rounds, count):
         pairs = [(p50_ms(timed(kernel, count, pause)), p50_ms(timed(client, count, pause))) for _ in range(rounds)]
         row(name, *map(median, zip(*pairs)), "ms", "<= 0.5")
     kernel.stop()
-    if shutil.which("wrk"):
-        floors = [Floor(python), Floor(python)]
-        ours, theirs = [], []
-        for _ in range(rounds):
-            theirs.append(rate(floors, 2))
-            ours.append(wrk_rate(server, 8, 2))
-        row("8 users at once (two floors)", median(ours), median(theirs), "run/s", ">= 0.65")
-        for one in floors:
-            one.stop()
-    else:
-        print("8 users at once: not measured, wrk is not installed")
+    if pairs := eight_users(server, python, rounds):
+        row("8 users at once (two floors)", *map(median, zip(*pairs)), "run/s", ">= 0.65")
     client.stop()
     server.stop()
     return python
