@@ -14,7 +14,7 @@
 //! ```
 //!
 //! A request comes in at `server::route`, is parsed by `server::body`, waits its turn in `session`, gets a
-//! sandbox from `pool` and talks to its PID 1, `supervisor/supervisor.py`, through `supervisor`.
+//! sandbox from `pool` and talks to its PID 1, `supervisor/program/`, through `supervisor`.
 
 pub mod cli;
 pub mod config;

@@ -255,7 +255,7 @@ async fn told(stream: &mut Duplex) -> io::Result<Vec<u8>> {
     Ok(compiled)
 }
 
-/// See supervisor.py.
+/// See supervisor/program/prelude.py.
 #[derive(Debug, Clone, Copy)]
 pub(super) enum Mode {
     /// PID 1; at the end of its stream it stays, to hold the sandbox.

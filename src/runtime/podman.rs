@@ -46,7 +46,7 @@ const ATTACH_PAUSE: Duration = Duration::from_millis(20);
 const EXIT_ATTEMPTS: u32 = 25;
 /// See `EXIT_ATTEMPTS`.
 const EXIT_PAUSE: Duration = Duration::from_millis(20);
-/// In which a PID 1 whose server has gone kills all that is left in its sandbox: as REAP_S in supervisor.py.
+/// In which a PID 1 whose server has gone kills all that is left in its sandbox: as REAP_S in the supervisor.
 const DESERTED_WAIT: Duration = Duration::from_secs(5);
 /// In which a container that loses its stdin has ended: a guess, a hundred times what it takes.
 const EOF_WAIT: Duration = Duration::from_secs(3);

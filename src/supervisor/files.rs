@@ -14,7 +14,7 @@ use tokio::time::Instant;
 
 use super::protocol::{self, Frame, Request, Violation};
 
-/// Bytes of content or entries in one exchange: `FILE_BYTES` in supervisor.py.
+/// Bytes of content or entries in one exchange: `FILE_BYTES` in program/files.py.
 pub const FILE_BYTES: usize = 64 * 1024;
 /// Beside the content of an answer: facts, and the lengths of sections.
 const FACTS_BYTES: usize = 4096;
@@ -26,7 +26,7 @@ const UNDER_WAY: usize = 4;
 pub(super) const MOST_BYTES: usize = UNDER_WAY * (protocol::HEADER_BYTES + FILE_BYTES + FACTS_BYTES);
 /// From the frame to its answer. The longest of them sorts a directory's names or removes 512 entries.
 pub(super) const TIMEOUT: Duration = Duration::from_secs(10);
-/// Bytes of an entry of a listing before its name: `ENTRY` in supervisor.py.
+/// Bytes of an entry of a listing before its name: `ENTRY` in program/files.py.
 const ENTRY_BYTES: usize = 29;
 
 /// What can be asked. Handles are the caller's own numbers.

@@ -2,6 +2,7 @@
 
 pub mod fake;
 pub mod files;
+mod program;
 pub mod protocol;
 mod report;
 mod teller;
@@ -23,6 +24,7 @@ use tracing::field::{Empty, debug};
 use crate::phase::phase;
 use crate::runtime::{Duplex, Layer, LayerState, SandboxSpec};
 use files::{Desk, Exchanges};
+pub use program::SOURCE;
 pub use protocol::Violation;
 use protocol::{Answer, Frame, Request};
 use report::Asked;
@@ -31,15 +33,13 @@ pub use report::{
 };
 pub use teller::{Follower, Teller, Told, teller};
 
-/// The program that is PID 1 of every sandbox: for `python3 -I -S`, as it is or compiled.
-pub const SOURCE: &str = include_str!("supervisor.py");
 /// A program that tries, from inside, what the layers forbid; see `probe_layers`.
 const PROBE: &str = include_str!("probe.py");
 /// What a supervisor says of itself is short.
 const HELLO_BYTES: usize = 64 * 1024;
 /// Room for a report and the lengths of sections.
 const REPORT_BYTES: usize = 64 * 1024;
-/// The listing's own cap in supervisor.py, 512 KiB, each byte at most six as JSON.
+/// The listing's own cap in program/listing.py, 512 KiB, each byte at most six as JSON.
 const LISTING_BYTES: usize = 6 * 512 * 1024;
 /// A read buffer that grew beyond this is given back after the run.
 const KEPT_BUFFER_BYTES: usize = 64 * 1024;

@@ -198,7 +198,7 @@ impl ErrorKind {
     }
 }
 
-/// What the supervisor tells of the run's process: `REPORT` in supervisor.py.
+/// What the supervisor tells of the run's process: `REPORT` in program/supervisor.py.
 struct Facts {
     exited: Option<i32>,
     signal: Option<i32>,

@@ -794,7 +794,7 @@ fn brief(answer: &Value) -> String {
 /// The supervisor's own line that numbers the outcomes: a forger has read it.
 fn outcome_kinds() -> &'static str {
     let mut lines = codesandbox::supervisor::SOURCE.lines();
-    lines.find(|line| line.starts_with("RESULT, ERROR = ")).expect("supervisor.py numbers the outcomes")
+    lines.find(|line| line.starts_with("RESULT, ERROR = ")).expect("outcome.py numbers the outcomes")
 }
 
 /// Runs a program as a user of its own, then what must still work.

@@ -1,0 +1,57 @@
+# What the server and the supervisor say to each other, on descriptors 0 and 1: see protocol.rs.
+
+HELLO, RUN, INTERRUPT = 1, 2, 3
+HELLO_ANSWER, DONE, OUTPUT = 129, 130, 131
+FILE, FILE_ANSWER = 4, 132
+HEADER = struct.Struct(">QBI")  # nonce, kind, length of the payload
+LENGTH = struct.Struct(">I")
+
+
+def write_all(fd, data):
+    view = memoryview(data)
+    while view:
+        view = view[os.write(fd, view) :]
+
+
+def join(sections):
+    return b"".join(part for section in sections for part in (LENGTH.pack(len(section)), section))
+
+
+def send(nonce, kind, *sections):
+    payload = join(sections)
+    write_all(1, HEADER.pack(nonce, kind, len(payload)) + payload)
+
+
+def split(payload):
+    sections, at = [], 0
+    while at < len(payload):
+        (length,) = LENGTH.unpack_from(payload, at)
+        at += LENGTH.size
+        sections.append(payload[at : at + length])
+        at += length
+    return sections
+
+
+class Input:
+    """The frames that the server sends, in order."""
+
+    def __init__(self):
+        self.buffer = bytearray()
+
+    def fill(self):
+        data = os.read(0, 1 << 16)
+        if not data:
+            leave()
+        self.buffer += data
+
+    def take(self):
+        """The next frame where it is here as a whole, else None."""
+        if len(self.buffer) < HEADER.size:
+            return None
+        nonce, kind, length = HEADER.unpack_from(self.buffer)
+        end = HEADER.size + length
+        if len(self.buffer) < end:
+            return None
+        payload = bytes(memoryview(self.buffer)[HEADER.size : end])
+        del self.buffer[:end]
+        return nonce, kind, payload
