@@ -83,7 +83,7 @@ class Podman:
         self.prefix += ["env", "XDG_RUNTIME_DIR=" + self.runtime]
 
     def idle(self):
-        """As `container_request` in src/runtime/podman.rs has it: Podman's inspect gives back less."""
+        """As `request` in src/runtime/podman/request.rs has it: Podman's inspect gives back less."""
         options = ["rw", "exec", "nosuid", "nodev", "size=64m", "mode=1777"]
         tmpfs = [{"destination": place, "type": "tmpfs", "source": "tmpfs", "options": options}
                  for place in ("/workspace", "/tmp", "/dev/shm")]

@@ -222,6 +222,7 @@ pub struct Docker {
     pub tls_cert: PathBuf,
     pub tls_key: PathBuf,
     pub runtime: String,
+    pub direct: bool,
     pub user: String,
     pub labels: BTreeMap<String, String>,
 }
@@ -233,6 +234,7 @@ pub struct Podman {
     pub url: String,
     pub seccomp_profile: PathBuf,
     pub runtime: String,
+    pub direct: bool,
     pub user: String,
     pub labels: BTreeMap<String, String>,
 }

@@ -108,22 +108,23 @@ fn embedded_settings(config: &Config) -> embedded::Settings {
 }
 
 fn docker_settings(config: &Config) -> container::Settings {
-    let crate::config::Docker { url, runtime, user, labels, .. } = &config.docker;
+    let crate::config::Docker { url, runtime, direct, user, labels, .. } = &config.docker;
     let url = stated(url).or_else(|| variable("DOCKER_HOST"));
     let url = url.unwrap_or_else(|| "unix:///var/run/docker.sock".into());
-    container_settings(config, url, runtime, user, labels)
+    container_settings(config, url, runtime, *direct, user, labels)
 }
 
 fn podman_settings(config: &Config) -> container::Settings {
-    let crate::config::Podman { url, runtime, user, labels, .. } = &config.podman;
+    let crate::config::Podman { url, runtime, direct, user, labels, .. } = &config.podman;
     let url = stated(url).or_else(|| variable("CONTAINER_HOST")).unwrap_or_else(podman_socket);
-    container_settings(config, url, runtime, user, labels)
+    container_settings(config, url, runtime, *direct, user, labels)
 }
 
 fn container_settings(
     config: &Config,
     url: String,
     runtime: &str,
+    direct: bool,
     user: &str,
     labels: &BTreeMap<String, String>,
 ) -> container::Settings {
@@ -133,6 +134,7 @@ fn container_settings(
         image: config.image.clone(),
         pull: config.pull,
         runtime: stated(runtime),
+        direct,
         user: stated(user),
         labels: labels.clone(),
     }

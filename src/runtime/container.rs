@@ -12,6 +12,7 @@ use futures_util::{Stream, StreamExt};
 use tokio::io::{AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio_util::io::StreamReader;
 
+use super::direct::{Direct, Offer};
 use super::guest::TCP_BUFFERS;
 use super::{
     Claim, Duplex, Error, Found, KeySecret, Layer, Limit, Result, Sandbox, SandboxId, SandboxSpec, SessionKey,
@@ -65,6 +66,8 @@ pub struct Settings {
     pub pull: Pull,
     /// The OCI runtime by the name that the engine has for it; `None`: the engine's default.
     pub runtime: Option<String>,
+    /// Whether streams go past the engine where they can.
+    pub direct: bool,
     /// `uid:gid` of every sandbox; `None`: a uid of its own for each.
     pub user: Option<String>,
     /// Labels beside our own.
@@ -150,10 +153,13 @@ pub(super) struct Program {
     source: &'static str,
     /// As the image's own Python compiled it, in the first container: compiling takes 11 ms, which is a tenth of a start.
     compiled: OnceLock<Vec<u8>>,
+    /// Whether new sandboxes are talked to directly, as far as the first one has shown.
+    direct: OnceLock<bool>,
 }
 
 /// Runs the compiled program, or the source where an image was replaced by one with another Python. Where it gets none,
-/// it tells what it has compiled: Python's own cached form, after the number that says whose it is.
+/// it tells what it has compiled: Python's own cached form, after the number that says whose it is. Where it may, it
+/// offers a direct stream, and keeps the engine's for when that one has ended.
 const LOADER: &str = "\
 import marshal, os, sys
 def take(count):
@@ -174,20 +180,36 @@ if not compiled:
     compiled = magic + marshal.dumps(program)
     sys.stdout.buffer.write(len(compiled).to_bytes(4, 'big') + compiled)
     sys.stdout.buffer.flush()
+if take(1) == b'd':
+    import _socket
+    own, other = _socket.socketpair()
+    token = os.urandom(16)
+    own.send(token)
+    os.write(1, bytes([other.fileno()]) + token)
+    if take(1) == b'd':
+        engine = os.dup(0), os.dup(1)
+        os.dup2(own.fileno(), 0), os.dup2(own.fileno(), 1)
+    del own, other, token
 del compiled, source, magic, take
 exec(program)
 ";
+/// Whether the loader offers a direct stream, and whether we have it then.
+const DIRECTLY: u8 = b'd';
+const BY_ENGINE: u8 = b'-';
 /// No Python's cached form: the loader compiles the source, and tells nobody.
 const UNCOMPILED: &[u8] = &[0];
 /// A guess: the compiled supervisor is about 65 KiB.
 const COMPILED_BYTES: u32 = 1 << 20;
 /// Some thousand times what it takes: 100 KiB, through an engine.
 const LOAD_TIMEOUT: Duration = Duration::from_secs(10);
+/// For the engine to tell a container's process; a direct stream is not worth more. A hundred times what it takes.
+const PID_WAIT: Duration = Duration::from_secs(1);
 
 impl Program {
     /// Before anything was compiled.
-    pub(super) fn new(source: &'static str) -> Program {
-        Program { source, compiled: OnceLock::new() }
+    pub(super) fn new(source: &'static str, direct: bool) -> Program {
+        let direct = if direct { OnceLock::new() } else { OnceLock::from(false) };
+        Program { source, compiled: OnceLock::new(), direct }
     }
 
     /// The command line of a supervisor, which then waits for `load`.
@@ -206,16 +228,34 @@ impl Program {
 
     /// Hands the supervisor over to a process that waits for it.
     pub(super) async fn load(&self, sandbox: Sandbox) -> Result<Sandbox> {
-        self.hand_over(self.compiled.get().map_or(UNCOMPILED, Vec::as_slice), sandbox).await
+        self.hand_over(self.compiled.get().map_or(UNCOMPILED, Vec::as_slice), BY_ENGINE, sandbox).await
     }
 
     /// Likewise in a container that is new; the first one compiles it for all that follow. In no other one: whose word
     /// this is, is then the image's, and no guest's. What a container has said on its stderr is in `words`.
-    pub(super) async fn load_new(&self, sandbox: Sandbox, words: &AllLastWords) -> Result<Sandbox> {
-        if self.is_compiled() {
-            return self.load(sandbox).await;
+    ///
+    /// `pid` is that of the container's first process, as the engine tells it.
+    pub(super) async fn load_new(
+        &self,
+        sandbox: Sandbox,
+        words: &AllLastWords,
+        pid: impl Future<Output = Result<i32>>,
+    ) -> Result<Sandbox> {
+        let wanted = if *self.direct.get().unwrap_or(&true) { DIRECTLY } else { BY_ENGINE };
+        let compiled = self.compiled.get().map_or(&[][..], Vec::as_slice);
+        let mut sandbox = self.hand_over(compiled, wanted, sandbox).await?;
+        if compiled.is_empty() {
+            self.learn(&mut sandbox, words).await?;
         }
-        let mut sandbox = self.hand_over(&[], sandbox).await?;
+        if wanted == BY_ENGINE {
+            return Ok(sandbox);
+        }
+        let directed = tokio::time::timeout(LOAD_TIMEOUT, self.go_direct(sandbox, pid)).await;
+        let directed = directed.unwrap_or_else(|late| Err(io::Error::other(late)));
+        directed.map_err(Error::failed("hand over the supervisor"))
+    }
+
+    async fn learn(&self, sandbox: &mut Sandbox, words: &AllLastWords) -> Result<()> {
         let told = tokio::time::timeout(COMPILE_TIMEOUT, told(&mut sandbox.stream)).await;
         let told = told.unwrap_or_else(|late| Err(io::Error::other(late)));
         let compiled = told.map_err(|error| Error::Unusable {
@@ -224,15 +264,40 @@ impl Program {
             remedy: "set image to one with a python3 from 3.8 to 3.14".into(),
         })?;
         let _ = self.compiled.set(compiled); // several may be the first
+        Ok(())
+    }
+
+    async fn go_direct(
+        &self,
+        mut sandbox: Sandbox,
+        pid: impl Future<Output = Result<i32>>,
+    ) -> io::Result<Sandbox> {
+        let pid = tokio::time::timeout(PID_WAIT, pid);
+        let (offer, pid) = tokio::join!(Offer::read(&mut sandbox.stream), pid);
+        let offer = offer?;
+        let pid = pid.map_err(io::Error::other).and_then(|told| told.map_err(io::Error::other));
+        let taken = pid.and_then(|pid| offer.take(pid));
+        sandbox.stream.write_all(&[if taken.is_ok() { DIRECTLY } else { BY_ENGINE }]).await?;
+        sandbox.stream.flush().await?;
+        let known = self.direct.get().is_some();
+        let _ = self.direct.set(taken.is_ok()); // several may be the first
+        match taken {
+            Ok(stream) => sandbox.stream = Box::new(Direct::new(stream, sandbox.stream)),
+            Err(error) if known => tracing::debug!(sandbox = %sandbox.id, %error, "no direct stream"),
+            Err(error) => {
+                tracing::info!(%error, "sandboxes are talked to through the engine, which takes longer")
+            }
+        }
         Ok(sandbox)
     }
 
-    async fn hand_over(&self, compiled: &[u8], mut sandbox: Sandbox) -> Result<Sandbox> {
+    async fn hand_over(&self, compiled: &[u8], how: u8, mut sandbox: Sandbox) -> Result<Sandbox> {
         let mut bytes = Vec::new();
         for part in [compiled, self.source.as_bytes()] {
             bytes.extend_from_slice(&(part.len() as u32).to_be_bytes());
             bytes.extend_from_slice(part);
         }
+        bytes.push(how);
         let loading = async {
             sandbox.stream.write_all(&bytes).await?;
             sandbox.stream.flush().await
@@ -568,31 +633,37 @@ mod tests {
         (Sandbox { id: SandboxId("a".into()), stream: Box::new(ours) }, theirs)
     }
 
-    /// What the loader gets: the compiled program, and the source.
+    async fn nobody() -> Result<i32> {
+        Ok(0)
+    }
+
+    /// What the loader gets: the compiled program, the source, and how it is talked to.
     async fn handed_over(theirs: &mut tokio::io::DuplexStream) -> [Vec<u8>; 2] {
         let mut parts = [Vec::new(), Vec::new()];
         for part in &mut parts {
             part.resize(theirs.read_u32().await.unwrap() as usize, 0);
             theirs.read_exact(part).await.unwrap();
         }
+        assert_eq!(theirs.read_u8().await.unwrap(), BY_ENGINE);
         parts
     }
 
     #[tokio::test]
     async fn a_new_container_compiles_for_all_that_follow() {
-        let program = Program::new("source");
+        let program = Program::new("source", false);
         let ((first, mut loader), words) = (sandbox(), AllLastWords::default());
         let compile = async {
             assert_eq!(handed_over(&mut loader).await, [b"".to_vec(), b"source".to_vec()]);
             loader.write_all(b"\0\0\0\x08compiledhello").await.unwrap();
         };
-        let (loaded, ()) = tokio::join!(program.load_new(first, &words), compile);
+        let (loaded, ()) = tokio::join!(program.load_new(first, &words, nobody()), compile);
         let mut hello = [0; 5];
         loaded.unwrap().stream.read_exact(&mut hello).await.unwrap();
         assert_eq!(&hello, b"hello");
         for new in [true, false] {
             let (next, mut loader) = sandbox();
-            let loaded = if new { program.load_new(next, &words).await } else { program.load(next).await };
+            let loaded =
+                if new { program.load_new(next, &words, nobody()).await } else { program.load(next).await };
             let _stream = loaded.unwrap();
             assert_eq!(handed_over(&mut loader).await, [b"compiled".to_vec(), b"source".to_vec()]);
         }
@@ -601,7 +672,7 @@ mod tests {
     /// A guest may have been there: what it would tell is no program of ours.
     #[tokio::test]
     async fn a_container_that_is_not_new_is_never_asked_what_it_has_compiled() {
-        let program = Program::new("source");
+        let program = Program::new("source", false);
         let (old, mut loader) = sandbox();
         let _stream = program.load(old).await.unwrap();
         assert_eq!(handed_over(&mut loader).await, [UNCOMPILED.to_vec(), b"source".to_vec()]);
@@ -611,14 +682,14 @@ mod tests {
     #[tokio::test]
     async fn an_image_that_says_something_else_is_unusable() {
         for said in [&b"\0\0\0\0"[..], b"\xff\xff\xff\xff", b"\0\0\0\x08half"] {
-            let program = Program::new("source");
+            let program = Program::new("source", false);
             let ((first, mut loader), words) = (sandbox(), AllLastWords::default());
             let say = async {
                 handed_over(&mut loader).await;
                 loader.write_all(said).await.unwrap();
                 drop(loader);
             };
-            let (loaded, ()) = tokio::join!(program.load_new(first, &words), say);
+            let (loaded, ()) = tokio::join!(program.load_new(first, &words, nobody()), say);
             assert!(matches!(loaded, Err(Error::Unusable { .. })), "{said:?}");
             assert!(!program.is_compiled());
         }

@@ -109,8 +109,8 @@ impl Docker {
             client,
             raw: if tls.is_none() { Raw::new(&settings.url, "") } else { None },
             names,
+            program: Program::new(supervisor, settings.direct),
             settings,
-            program: Program::new(supervisor),
             secret,
             info,
             volumes,
@@ -298,6 +298,12 @@ impl Inner {
         inspected.map_err(|failure| failure.of(id, "inspect"))
     }
 
+    /// Of the container's first process, on the engine's own host.
+    async fn pid(&self, id: &SandboxId) -> Result<i32> {
+        let state = self.inspect(id).await?.state.unwrap_or_default();
+        Ok(state.pid.and_then(|pid| i32::try_from(pid).ok()).unwrap_or(0))
+    }
+
     /// The layers as the daemon tells of them; `real` are the settings that it says the first sandbox has.
     fn layers(&self, spec: &SandboxSpec, real: &HostConfig) -> Vec<Layer> {
         let info = &self.info;
@@ -361,7 +367,7 @@ impl Runtime for Docker {
         let make = async move {
             let sandbox = inner.make(name, &spec, Program::supervisor(Mode::Park)).await?;
             let id = sandbox.id.clone();
-            match inner.program.load_new(sandbox, &inner.last_words).await {
+            match inner.program.load_new(sandbox, &inner.last_words, inner.pid(&id)).await {
                 Ok(sandbox) => Ok(sandbox),
                 Err(error) => {
                     container::undone(inner.remove(&id).await);

@@ -1,6 +1,7 @@
 //! Floor 1: what makes sandboxes, and what it promises. Begin here to write a driver.
 
 pub mod container;
+mod direct;
 pub mod docker;
 pub mod embedded;
 mod error;

@@ -139,8 +139,8 @@ impl Podman {
             client,
             raw,
             names,
+            program: Program::new(supervisor, settings.direct),
             settings,
-            program: Program::new(supervisor),
             files,
             secret,
             host,
@@ -460,6 +460,12 @@ impl Inner {
         inspected.map_err(|failure| of(failure, id, "inspect"))
     }
 
+    /// Of the container's first process, on the engine's own host.
+    async fn pid(&self, id: &SandboxId) -> Result<i32> {
+        let pid = self.inspect(id).await?["State"]["Pid"].as_i64();
+        Ok(pid.and_then(|pid| i32::try_from(pid).ok()).unwrap_or(0))
+    }
+
     /// The layers as the service tells of them; `real` is what it says of the first sandbox.
     fn layers(&self, spec: &SandboxSpec, real: &Value) -> Vec<Layer> {
         let (host, config) = (&self.host, &real["HostConfig"]);
@@ -547,7 +553,7 @@ impl Runtime for Podman {
         let make = async move {
             let sandbox = inner.make(name, &spec, Program::supervisor(Mode::Park)).await?;
             let id = sandbox.id.clone();
-            match inner.program.load_new(sandbox, &inner.last_words).await {
+            match inner.program.load_new(sandbox, &inner.last_words, inner.pid(&id)).await {
                 Ok(sandbox) => Ok(sandbox),
                 Err(error) => {
                     container::undone(inner.remove(&id).await);

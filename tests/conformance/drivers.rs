@@ -204,6 +204,7 @@ impl Driver {
             pull: container::Pull::Never,
             runtime: None,
             user: None,
+            direct: true,
             labels: Default::default(),
         };
         match &self.kind {

@@ -25,6 +25,7 @@ behaviours! {
     lost_answers_to_inspect,
     an_engine_that_is_gone_and_comes_back,
     streams_that_break_are_established_again,
+    a_direct_stream_needs_no_engine,
 }
 
 /// Warm sandboxes of each server here.
@@ -45,11 +46,17 @@ pub(crate) struct House<'a> {
 }
 
 impl<'a> House<'a> {
+    /// Whose streams go through the engine, as those of one on another host do.
     fn behind_a_proxy(driver: &'a Driver) -> (Proxy, House<'a>) {
+        House::with_streams(driver, false)
+    }
+
+    fn with_streams(driver: &'a Driver, direct: bool) -> (Proxy, House<'a>) {
         let engine = driver.engine().expect("trouble is for engines with an API");
         let proxy = Proxy::to(engine.socket());
         let url = format!("{}.url=\"unix://{}\"", driver.configured(), proxy.socket().display());
-        let house = House::new(driver, &["--set", &url]);
+        let direct = format!("{}.direct={direct}", driver.configured());
+        let house = House::new(driver, &["--set", &url, "--set", &direct]);
         (proxy, house)
     }
 
@@ -281,7 +288,8 @@ fn an_engine_that_answers_late(driver: &Driver) {
 
 /// New users come, some go, and every stream breaks, while two of three such calls get no answer.
 fn answers_are_lost(driver: &Driver, call: Call) {
-    let (proxy, house) = House::behind_a_proxy(driver);
+    let direct = matches!(call, Call::Inspect); // by which one asks for the process to take a stream from
+    let (proxy, house) = House::with_streams(driver, direct);
     proxy.lose(Some(call));
     let new_users = ["n0", "n1", "n2", "n3", "n4", "n5"];
     let mut keepers: Vec<_> = USERS.into();
@@ -387,6 +395,24 @@ fn streams_that_break_are_established_again(driver: &Driver) {
         house.write("n0");
     }
     house.has_its_file("n0");
+    assert_eq!(house.lost(), [""; 0]);
+    house.is_at_rest();
+}
+
+/// Where frames go past it, an engine in trouble holds up new users only.
+fn a_direct_stream_needs_no_engine(driver: &Driver) {
+    let (proxy, house) = House::with_streams(driver, true);
+    for trouble in [Proxy::freeze, Proxy::cut] {
+        trouble(&proxy);
+        for user in USERS {
+            let reply = house.asks(user, "result = 1", 2_000);
+            assert_eq!((reply.status, &reply.answer["result"]), (200, &json!(1)), "{reply:?}");
+            reply.is_fine(Duration::from_secs(2));
+        }
+        proxy.thaw();
+        proxy.mend();
+        USERS.iter().for_each(|user| house.has_its_file(user));
+    }
     assert_eq!(house.lost(), [""; 0]);
     house.is_at_rest();
 }

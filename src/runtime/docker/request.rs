@@ -165,6 +165,7 @@ mod tests {
             image: "python:3.13-alpine".into(),
             pull: Pull::Never,
             runtime: Some("runsc".into()),
+            direct: true,
             user: None,
             labels: [("team".into(), "ml".into()), (INSTANCE_LABEL.into(), "forged".into())].into(),
         }

@@ -121,6 +121,7 @@ mod tests {
             image: "python:3.13-alpine".into(),
             pull: Pull::Never,
             runtime: None,
+            direct: true,
             user: None,
             labels: [("team".into(), "ml".into())].into(),
         };

@@ -5,6 +5,8 @@ HELLO_ANSWER, DONE, OUTPUT = 129, 130, 131
 FILE, FILE_ANSWER = 4, 132
 HEADER = struct.Struct(">QBI")  # nonce, kind, length of the payload
 LENGTH = struct.Struct(">I")
+# The loader's: the engine's own stream, kept for when the shorter one that the server has now comes to its end.
+ENGINE = globals().get("engine")
 
 
 def write_all(fd, data):
@@ -19,7 +21,24 @@ def join(sections):
 
 def send(nonce, kind, *sections):
     payload = join(sections)
-    write_all(1, HEADER.pack(nonce, kind, len(payload)) + payload)
+    try:
+        write_all(1, HEADER.pack(nonce, kind, len(payload)) + payload)
+    except (BrokenPipeError, ConnectionResetError):
+        if not ENGINE:
+            raise
+        # Who would hear it is gone, as the next read says; another one may come.
+
+
+def listen_to_engine():
+    """The server is gone, or has let go of us. False where there is no other stream on which one may come."""
+    global ENGINE
+    if not ENGINE:
+        return False
+    for target, fd in enumerate(ENGINE):
+        os.dup2(fd, target)
+        os.close(fd)
+    ENGINE = None
+    return True
 
 
 def split(payload):
@@ -39,9 +58,14 @@ class Input:
         self.buffer = bytearray()
 
     def fill(self):
-        data = os.read(0, 1 << 16)
+        try:
+            data = os.read(0, 1 << 16)
+        except ConnectionResetError:  # it left something unread
+            data = b""
         if not data:
-            leave()
+            self.buffer.clear()
+            if not listen_to_engine():
+                leave()
         self.buffer += data
 
     def take(self):
