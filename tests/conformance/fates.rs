@@ -123,7 +123,8 @@ fn a_sandbox_removed_behind_our_back(driver: &Driver) {
 fn an_engine_that_goes_and_comes_back(driver: &Driver) {
     let proxy = Proxy::to(driver.engine().expect("fates are for engines with an API").socket());
     let url = format!("{}.url=\"unix://{}\"", driver.configured(), proxy.socket().display());
-    let server = driver.own(&["--set", "pool.size=0", "--set", &url]);
+    let through_it = format!("{}.direct=false", driver.configured());
+    let server = driver.own(&["--set", "pool.size=0", "--set", &url, "--set", &through_it]);
     server.run("u", "open('f', 'w')");
     let answer = std::thread::scope(|scope| {
         let code = "import time\ntime.sleep(60)";
