@@ -72,9 +72,17 @@ class Server:
         self.process.send_signal(signal.SIGTERM)
         self.process.wait()
 
-    def metric(self, series):
-        with urllib.request.urlopen("http://%s:%d/metrics" % self.address) as answer:
-            return float(re.search(r"^codesandbox_%s (\S+)$" % re.escape(series), answer.read().decode(), re.M)[1])
+    def runs_cost(self):
+        """Page faults and seconds of CPU of all the runs that have ended: what the forkers have waited for."""
+        faults = ticks = 0
+        for pid in self.sandbox_pids():
+            try:
+                with open("/proc/%d/stat" % pid) as file:
+                    fields = file.read().rsplit(")", 1)[1].split()
+            except OSError:
+                continue  # a run that has just ended
+            faults, ticks = faults + int(fields[8]), ticks + int(fields[13]) + int(fields[14])
+        return faults, ticks / os.sysconf("SC_CLK_TCK")
 
     def sandbox_pids(self):
         """The processes of all sandboxes: what descends from the server, less the launcher's two."""
@@ -200,11 +208,11 @@ def warm(rounds, count):
         row(name, median(ours), median(theirs), "ms", "<= 1.4")
         print("%46s spread of the ratio: %.2f to %.2f" % ("", min(ratios), max(ratios)))
     floor.stop()
-    counters = ("run_page_faults_total", "run_cpu_seconds_total")
-    before = [server.metric(name) for name in counters]
-    timed(client, count, 0.01)
-    faults, cpu = [(server.metric(name) - old) / count for name, old in zip(counters, before)]
-    print("a fresh run's process, until its outcome %18.0f page faults, %.2f ms of CPU  goal <= 200, <= 0.8" % (faults, cpu * 1000))
+    many = 4 * count  # the kernel tells CPU time of those that have ended in ticks
+    before = server.runs_cost()
+    timed(client, many, 0)
+    faults, cpu = [(now - old) / many for now, old in zip(server.runs_cost(), before)]
+    print("a fresh run's process, its exit included %18.0f page faults, %.2f ms of CPU  goal <= 200, <= 0.8" % (faults, cpu * 1000))
     kernel = Client(server, "kernel", mode="kernel")
     timed(kernel, 50, 0.002)
     for name, pause in (("kernel run to a fresh one, a pause of 10 ms", 0.01), ("kernel run to a fresh one, back to back", 0)):

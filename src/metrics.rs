@@ -21,8 +21,6 @@ pub struct Metrics {
     pub run_seconds: HistogramVec,
     /// CPU seconds of the runs' own processes.
     pub run_cpu_seconds: Counter,
-    /// Minor page faults of the runs' own processes: what a run costs, on a noisy machine, too.
-    pub run_page_faults: IntCounter,
     /// Runs whose field was cut or refused at its cap.
     pub capped: IntCounterVec,
     /// Bytes of files by direction: `in`, `out`.
@@ -82,10 +80,6 @@ impl Metrics {
             run_cpu_seconds: make.add(Counter::with_opts(Maker::options(
                 "run_cpu_seconds_total",
                 "CPU seconds of the runs' processes.",
-            ))),
-            run_page_faults: make.add(IntCounter::with_opts(Maker::options(
-                "run_page_faults_total",
-                "Minor page faults of the runs' processes.",
             ))),
             capped: make.counters("capped_total", "Runs in which a field reached its cap.", "field"),
             file_bytes: make.counters("file_bytes_total", "Bytes of files by direction: in or out.", "direction"),

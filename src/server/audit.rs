@@ -54,7 +54,6 @@ struct Usage {
     claim_ms: f64,
     run_ms: f64,
     cpu_ms: f64,
-    page_faults: u64,
 }
 
 impl Entry {
@@ -128,7 +127,6 @@ impl Line {
             claim_ms = usage.map(|usage| usage.claim_ms),
             run_ms = usage.map(|usage| usage.run_ms),
             cpu_ms = usage.map(|usage| usage.cpu_ms),
-            page_faults = usage.map(|usage| usage.page_faults),
             driver,
             "run"
         );
@@ -150,7 +148,6 @@ impl Usage {
             claim_ms: ms(claim),
             run_ms: ms(run),
             cpu_ms: ms(aftermath.cpu),
-            page_faults: aftermath.page_faults,
         }
     }
 }

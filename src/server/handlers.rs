@@ -57,7 +57,6 @@ impl<'a> From<&'a Done> for RunAnswer<'a> {
             truncated,
             kernel_lost,
             cpu: _,
-            page_faults: _,
         } = aftermath;
         RunAnswer {
             error: outcome.as_ref().err().map(ErrorDetail::message),

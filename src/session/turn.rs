@@ -156,7 +156,6 @@ impl Turn {
         let Report { outcome, aftermath, wall: _ } = report;
         let metrics = self.place().sessions.0.metrics.clone();
         metrics.run_cpu_seconds.inc_by(aftermath.cpu.as_secs_f64());
-        metrics.run_page_faults.inc_by(aftermath.page_faults);
         let outcome = match outcome {
             Outcome::Result(value) => Ok(value),
             Outcome::Failed(detail) => Err(detail),

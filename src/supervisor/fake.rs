@@ -91,7 +91,7 @@ async fn run(
     };
     let mut report = [0_i32.to_be_bytes(), i32::to_be_bytes(signal)].concat();
     report.extend([said, stopped, 0, 0]);
-    report.extend([0; 24]);
+    report.extend([0; 16]);
     send(stream, nonce, 130, &[&report, payload.as_bytes(), b"", b"", b"[\"total 0\"]", b""]).await
 }
 

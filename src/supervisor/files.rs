@@ -486,7 +486,7 @@ mod tests {
             match kind {
                 4 => send(&mut stream, nonce, 132, &payload("{}", &[7; FILE_BYTES])).await,
                 _ => {
-                    let sections: [&[u8]; 6] = [&[0; 36], b"null", b"", b"", b"[]", b""];
+                    let sections: [&[u8]; 6] = [&[0; 28], b"null", b"", b"", b"[]", b""];
                     let mut report = Vec::new();
                     for section in sections {
                         report.extend_from_slice(&(section.len() as u32).to_be_bytes());

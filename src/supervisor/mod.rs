@@ -332,10 +332,9 @@ impl Supervisor {
         let converse = async {
             let sent = self.send(nonce, Request::Run, &sections).instrument(phase!("send")).await;
             sent.map_err(|_| Error::NotBegun)?;
-            let sandbox = phase!("sandbox", wall = Empty, cpu = Empty, page_faults = Empty);
+            let sandbox = phase!("sandbox", wall = Empty, cpu = Empty);
             let report = self.report(nonce, run.teller, run.interrupt).instrument(sandbox.clone()).await?;
             sandbox.record("wall", debug(report.wall)).record("cpu", debug(report.aftermath.cpu));
-            sandbox.record("page_faults", report.aftermath.page_faults);
             Ok(report)
         };
         timeout_at(deadline, converse).await.unwrap_or(Err(Error::Unresponsive))

@@ -14,11 +14,10 @@
 //! | 131 output | supervisor | the run's | 1 for stdout or 2 for stderr, bytes; none where it is cut from here on |
 //! | 132 file | supervisor | the exchange's | facts or the word for a refusal as JSON, data |
 //!
-//! A report is 36 bytes: exit status and signal of the run's process (4 each, -1 for none), what came on its
+//! A report is 28 bytes: exit status and signal of the run's process (4 each, -1 for none), what came on its
 //! result pipe (0 nothing, 1 a result, 2 an error), what stopped it (0 nothing, 1 its timeout, 2 an interrupt,
 //! 3 its CPU time), what was cut (bits: 1 stdout, 2 stderr, 4 listing, 8 the result pipe; 16: the kernel was lost), why the process got a SIGKILL (0 unknown,
-//! 1 not for want of memory, 2 for want of memory), then wall time and CPU time in microseconds and minor page
-//! faults (8 each).
+//! 1 not for want of memory, 2 for want of memory), then wall time and CPU time in microseconds (8 each).
 //!
 //! What a supervisor sends is a stranger's: a frame that is too long, of an unknown kind or with the wrong
 //! nonce condemns its sandbox, and nobody guesses where the next one starts.

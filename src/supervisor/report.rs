@@ -42,8 +42,6 @@ pub struct Aftermath {
     pub kernel_lost: bool,
     /// CPU time of the run's own process; none where its sandbox was lost.
     pub cpu: Duration,
-    /// Its page faults that needed no disk, the figure to watch: it repeats where times do not. Likewise.
-    pub page_faults: u64,
 }
 
 /// A file that a run made without writing one.
@@ -211,7 +209,6 @@ struct Facts {
     out_of_memory: Option<bool>,
     wall: Duration,
     cpu: Duration,
-    page_faults: u64,
 }
 
 /// What came on the result pipe.
@@ -231,7 +228,7 @@ enum Stopped {
 }
 
 impl Facts {
-    const BYTES: usize = 36;
+    const BYTES: usize = 28;
 
     fn parse(mut bytes: Bytes) -> Result<Facts, Violation> {
         if bytes.len() != Facts::BYTES {
@@ -274,7 +271,6 @@ impl Facts {
             out_of_memory,
             wall: Duration::from_micros(bytes.get_u64()),
             cpu: Duration::from_micros(bytes.get_u64()),
-            page_faults: bytes.get_u64(),
         })
     }
 }
@@ -364,7 +360,6 @@ impl Report {
                 truncated,
                 kernel_lost: facts.kernel_lost,
                 cpu: facts.cpu,
-                page_faults: facts.page_faults,
             },
             wall: facts.wall,
         })

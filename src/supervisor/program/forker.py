@@ -7,7 +7,7 @@
 
 FORKED = struct.Struct("=i")  # what the forker says: the pid of an interpreter that waits, its descriptors beside it
 DESCRIPTORS = struct.Struct("=4i")
-ENDED = struct.Struct("=iQQ")  # then of the same one: wait status, CPU time in microseconds, minor page faults
+ENDED = struct.Struct("=iQ")  # then of the same one: wait status, CPU time in microseconds
 KERNEL = struct.Struct("=iQ")  # what the forker is told: the pid of a kernel, and when it was started
 NICE = 10  # of all but the supervisor: a guest's fork bomb must not starve what is to stop it
 
@@ -51,7 +51,7 @@ class Forker:
         self.pid = os.fork()
         if self.pid == 0:
             try:
-                become_guest(theirs.fileno())
+                become_guest(theirs.fileno(), LOAD)
                 prepare(limits)
                 fork_forever(theirs, limits)
             finally:
@@ -83,8 +83,8 @@ class Forker:
             pass  # it is dead, and noticed
 
     def ended(self, patience=None):
-        """How the last interpreter ended: wait status, CPU time, page faults; None where the forker is dead, or slower
-        than it may be."""
+        """How the last interpreter ended: wait status and CPU time; None where the forker is dead, or slower than it
+        may be."""
         if self.is_silent(patience):
             return None
         try:
@@ -109,7 +109,7 @@ def fork_forever(socket, limits):
         socket.sendmsg([FORKED.pack(pid)], [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, ancillary)])
         for pair in pipes:
             os.close(pair[0]), os.close(pair[1])
-        _, status, usage = os.wait4(pid, 0)
+        status, cpu_us = end_of_process(pid)
         end = None
         kernel = told_kernel(socket, poller)
         # All but PID 1, which collects them, and this process, which has children by clone(CLONE_PARENT).
@@ -119,8 +119,20 @@ def fork_forever(socket, limits):
                 os._exit(1)
             collect()
             time.sleep(0.0005)
-        cpu_us = int((usage.ru_utime + usage.ru_stime) * 1e6)
-        socket.send(ENDED.pack(status, cpu_us, usage.ru_minflt))
+        socket.send(ENDED.pack(status, cpu_us))
+
+
+def end_of_process(pid):
+    """Waits for the end of an interpreter: its wait status, and CPU time in microseconds, with that of its children.
+
+    `wait4` imports a module for what it returns, which each later interpreter would map, and most have no children.
+    """
+    os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+    if last_pid() != pid:
+        _, status, usage = os.wait4(pid, 0)
+        return status, int((usage.ru_utime + usage.ru_stime) * 1e6)
+    seconds = cpu_time(pid) or 0
+    return os.waitpid(pid, 0)[1], int(seconds * 1e6)
 
 
 def told_kernel(socket, poller):
@@ -135,7 +147,10 @@ def told_kernel(socket, poller):
 
 
 def become_guest(*kept):
-    """Lets go of all that is the supervisor's: its signals, its descriptors and its place before the guest's."""
+    """Lets go of all that is the supervisor's: its signals, its descriptors and its place before the guest's.
+
+    One that is to be kept may be None.
+    """
     _signal.signal(_signal.SIGCHLD, _signal.SIG_DFL)
     # Held back until the run's process can raise KeyboardInterrupt, lest a short time be over unnoticed.
     _signal.pthread_sigmask(_signal.SIG_BLOCK, [_signal.SIGINT])
@@ -144,7 +159,7 @@ def become_guest(*kept):
     for target in (0, 1, 2):
         os.dup2(null, target)
     low = 3
-    for fd in sorted(kept) + [MOST_DESCRIPTORS]:
+    for fd in sorted(filter(None, kept)) + [MOST_DESCRIPTORS]:
         os.closerange(low, fd)
         low = fd + 1
     die_first()  # which lets a guest look into this process: after it has let go of the server's stream

@@ -27,7 +27,7 @@ class Kernel:
         self.out, self.err = Capture(out_read, limits["stdout"]), Capture(err_read, limits["stderr"])
         self.poller = select.poll()  # for its runs
         self.poller.register(0, select.POLLIN)
-        self.identity = self.pid, stat_of(self.pid)[2]
+        self.identity = self.pid, stat_of(self.pid)[1]
 
     def status(self):
         """Its wait status; None while it lives."""

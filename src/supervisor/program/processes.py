@@ -36,17 +36,9 @@ def last_pid():
 
 
 def stat_of(pid):
-    """A process's parent, its minor page faults, and when it was started: with its pid, who it is."""
+    """A process's parent, and when it was started: with its pid, who it is."""
     fields = contents("/proc/%d/stat" % pid).rpartition(b")")[2].split()
-    return int(fields[1]), int(fields[7]), int(fields[19])
-
-
-def page_faults(pid):
-    """None where the process is gone."""
-    try:
-        return stat_of(pid)[1]
-    except (OSError, IndexError):
-        return None
+    return int(fields[1]), int(fields[19])
 
 
 def send_signal(pid, signal):
@@ -72,7 +64,7 @@ def kill_all(kernel=None):
 def is_kernel(kernel):
     pid, started = kernel
     try:
-        return stat_of(pid)[2] == started
+        return stat_of(pid)[1] == started
     except (OSError, IndexError):
         return False
 

@@ -11,7 +11,7 @@ class Run:
 
     def __init__(self, supervisor, nonce, options, pid):
         self.supervisor, self.nonce, self.options, self.pid = supervisor, nonce, options, pid
-        self.status, self.cpu_us, self.page_faults = None, 0, 0
+        self.status, self.cpu_us = None, 0
         self.why = 0
         self.forker_died = self.killed = False
         self.since, self.wanted = time.monotonic(), None
@@ -58,7 +58,7 @@ class Run:
     def end(self, ended):
         """The forker's word on the run's process; where it has none it is dead, and everything else is to be."""
         if ended:
-            self.status, self.cpu_us, self.page_faults = ended
+            self.status, self.cpu_us = ended
         else:
             self.status, self.forker_died = _signal.SIGKILL, True
 
@@ -149,10 +149,9 @@ class FreshRun(Run):
         """
         whole = self.is_whole() and self.result.parts[0][0] in (RESULT, ERROR)
         if whole and self.status is None and not self.why and self.is_alone():
-            cpu, faults = cpu_time(self.pid), page_faults(self.pid)
-            if cpu is not None and faults is not None:  # else it has ended already, and the forker tells
-                self.is_leaving, self.status = True, 0
-                self.cpu_us, self.page_faults = int(cpu * 1e6), faults
+            cpu = cpu_time(self.pid)
+            if cpu is not None:  # else it has ended already, and the forker tells
+                self.is_leaving, self.status, self.cpu_us = True, 0, int(cpu * 1e6)
 
     def end(self, ended):
         self.is_leaving = False

@@ -1,6 +1,6 @@
 # The supervisor: obeys the server, one frame after the other.
 
-REPORT = struct.Struct(">iiBBBBQQQ")  # see protocol.rs
+REPORT = struct.Struct(">iiBBBBQQ")  # see protocol.rs
 CUT_STDOUT, CUT_STDERR, CUT_LISTING, CUT_RESULT, KERNEL_LOST = 1, 2, 4, 8, 16
 EMPTY = b'["total 0"]'
 REST_AFTER_MS = 2  # a sandbox that is busy has its next task sooner, and saves the warming
@@ -176,7 +176,6 @@ class Supervisor:
             self.memory.verdict() if killed else UNKNOWN,
             int(spent * 1e6),
             run.cpu_us,
-            run.page_faults,
         )
         return report, payload, run.out.bytes(), run.err.bytes(), lines, extras
 
