@@ -22,6 +22,13 @@ pub use lease::{Claimed, Held, Kept};
 use lease::{Engine, Jitter, Made, Ready};
 use ledger::{Claim, Ledger, Plan};
 
+/// Times that a sandbox is attached to while the engine says that it runs: of a stream that ends at once, and of one
+/// that says nothing for all of `create_timeout`. Guesses: an engine that comes back loses some streams in a row.
+const ENDED_MOST: u32 = 5;
+const SILENT_MOST: u32 = 2;
+/// Between two of them, and longer each time: 0.5 s in all. A guess.
+const ATTACH_PAUSE: Duration = Duration::from_millis(50);
+
 /// What the pool is to hold, and what its sandboxes are.
 #[derive(Debug, Clone)]
 pub struct Settings {
@@ -227,13 +234,28 @@ impl Pool {
         let limit = self.0.settings.wait_timeout;
         let turn = tokio::time::timeout(limit, self.0.attaching.acquire()).await;
         let _turn = turn.map_err(|_| Error::Late(limit))?.expect("never closed");
-        match self.attach_once(kept).await {
-            // The engine may have lost the stream, as it did before: twice in a row it is the sandbox.
-            Err(Error::Supervisor(supervisor::Error::Ended | supervisor::Error::Unresponsive)) => {
-                self.attach_once(kept).await
+        let mut failures = 0;
+        loop {
+            let (error, most) = match self.attach_once(kept).await {
+                Err(Error::Supervisor(error @ supervisor::Error::Ended)) => (error, ENDED_MOST),
+                Err(Error::Supervisor(error @ supervisor::Error::Unresponsive)) => (error, SILENT_MOST),
+                attached => return attached,
+            };
+            // The engine may have lost the stream, as it did before.
+            failures += 1;
+            if failures >= most || !self.is_running(kept.id()).await? {
+                return Err(error.into());
             }
-            attached => attached,
+            tokio::time::sleep(failures * ATTACH_PAUSE).await;
         }
+    }
+
+    /// By the engine's word.
+    async fn is_running(&self, id: &SandboxId) -> Result<bool, Error> {
+        let limit = self.0.settings.create_timeout;
+        let fate = tokio::time::timeout(limit, self.runtime().fate(id)).await.map_err(|_| Error::Late(limit))?;
+        let fate = fate.inspect_err(|error| self.0.engine.failed("fate", error.reason()))?;
+        Ok(matches!(fate, Fate::Running { .. }))
     }
 
     async fn attach_once(&self, kept: &Kept) -> Result<Supervisor, Error> {
