@@ -469,6 +469,7 @@ mod tests {
             rlimits: Default::default(),
         };
         let greet = async {
+            assert_eq!(next(&mut theirs).await.1, 255, "a fresh start");
             let (nonce, ..) = next(&mut theirs).await;
             let hello = br#"{"python":"3.0.0","pid":1,"uid":1000}"#;
             let section = [&(hello.len() as u32).to_be_bytes()[..], hello].concat();
@@ -485,17 +486,58 @@ mod tests {
             let (nonce, kind, _) = next(&mut stream).await;
             match kind {
                 4 => send(&mut stream, nonce, 132, &payload("{}", &[7; FILE_BYTES])).await,
-                _ => {
-                    let sections: [&[u8]; 6] = [&[0; 28], b"null", b"", b"", b"[]", b""];
-                    let mut report = Vec::new();
-                    for section in sections {
-                        report.extend_from_slice(&(section.len() as u32).to_be_bytes());
-                        report.extend_from_slice(section);
-                    }
-                    send(&mut stream, nonce, 130, &report).await;
-                }
+                _ => report(&mut stream, nonce).await,
             }
         }
+    }
+
+    async fn report(stream: &mut DuplexStream, nonce: u64) {
+        let sections: [&[u8]; 6] = [&[0; 28], b"null", b"", b"", b"[]", b""];
+        let mut report = Vec::new();
+        for section in sections {
+            report.extend_from_slice(&(section.len() as u32).to_be_bytes());
+            report.extend_from_slice(section);
+        }
+        send(stream, nonce, 130, &report).await;
+    }
+
+    /// A run with input goes on until it is interrupted.
+    async fn run_until_interrupted(mut stream: DuplexStream) {
+        loop {
+            let (nonce, kind, payload) = next(&mut stream).await;
+            assert_eq!(kind, 2);
+            if payload.len() > FILE_BYTES {
+                let (interrupted, kind, _) = next(&mut stream).await;
+                assert_eq!((interrupted, kind), (nonce, 3));
+            }
+            report(&mut stream, nonce).await;
+        }
+    }
+
+    #[tokio::test]
+    async fn a_run_whose_caller_goes_away_while_it_is_sent_leaves_a_supervisor_that_runs() {
+        let stdin = "x".repeat(2 * FILE_BYTES);
+        let input = Run { stdin: &stdin, ..Run::new("1", Duration::from_secs(5)) };
+        let mut cancelled = 0;
+        for polls in 0..200 {
+            let (mut supervisor, theirs) = attached().await;
+            let peer = tokio::spawn(run_until_interrupted(theirs));
+            {
+                let mut running = Box::pin(supervisor.run(&input));
+                for _ in 0..polls {
+                    assert!(futures_util::poll!(&mut running).is_pending());
+                    tokio::task::yield_now().await;
+                }
+            }
+            let report = supervisor.cancel().await.unwrap_or_else(|error| panic!("after {polls}: {error}"));
+            cancelled += usize::from(report.is_some());
+            supervisor
+                .run(&Run::new("1", Duration::from_secs(1)))
+                .await
+                .unwrap_or_else(|error| panic!("after {polls}: {error}"));
+            peer.abort();
+        }
+        assert_eq!(cancelled, 199, "all but the one that was never asked for");
     }
 
     fn write() -> Exchange {

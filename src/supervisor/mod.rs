@@ -254,8 +254,7 @@ pub struct Supervisor {
 #[derive(Debug, Clone, Copy)]
 enum State {
     Idle,
-    /// Part of a frame may be out: nothing more can be said.
-    Sending,
+    /// Its frame is out, or is the next that goes out.
     Running {
         nonce: u64,
     },
@@ -407,17 +406,13 @@ impl Supervisor {
 
     /// Interrupts a run whose caller is gone and waits until the supervisor is at rest; gives its report, if any.
     pub async fn cancel(&mut self) -> Result<Option<Report>, Error> {
-        let nonce = match self.state {
-            State::Idle => return Ok(None),
-            State::Sending => return Err(Error::Ended),
-            State::Running { nonce } => nonce,
-        };
-        let deadline = Instant::now() + self.grace;
-        let converse = async {
-            self.send(nonce, Request::Interrupt, &[]).await?;
-            self.report(nonce, None, None).await
-        };
-        timeout_at(deadline, converse).await.unwrap_or(Err(Error::Unresponsive)).map(Some)
+        let State::Running { nonce } = self.state else { return Ok(None) };
+        let grace = self.grace;
+        // A frame that was begun has to be ended first, or what follows would be taken for a part of it.
+        let sent = timeout_at(Instant::now() + grace, self.send(nonce, Request::Interrupt, &[])).await;
+        sent.unwrap_or(Err(Error::Unresponsive))?;
+        let report = timeout_at(Instant::now() + grace, self.report(nonce, None, None)).await;
+        report.unwrap_or(Err(Error::Unresponsive)).map(Some)
     }
 
     /// What the layers are worth, tried from inside; the engine's own claims are `layers`.
@@ -453,14 +448,15 @@ impl Supervisor {
     }
 
     async fn send(&mut self, nonce: u64, kind: Request, sections: &[&[u8]]) -> Result<(), Error> {
-        self.state = State::Sending;
-        self.write_out().await?; // what is left of an exchange's frame
+        self.write_out().await?; // what is left of the frame before
         let mut frame = Vec::new();
+        if matches!(kind, Request::Hello) {
+            frame.extend_from_slice(&protocol::fresh_start());
+        }
         protocol::encode(&mut frame, nonce, kind, sections);
         self.outgoing = frame.into();
-        self.write_out().await?;
         self.state = State::Running { nonce };
-        Ok(())
+        self.write_out().await
     }
 
     /// Reads meanwhile: a supervisor that waits for its own words to be taken listens to none.

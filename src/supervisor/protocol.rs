@@ -19,6 +19,9 @@
 //! 3 its CPU time), what was cut (bits: 1 stdout, 2 stderr, 4 listing, 8 the result pipe; 16: the kernel was lost), why the process got a SIGKILL (0 unknown,
 //! 1 not for want of memory, 2 for want of memory), then wall time and CPU time in microseconds (8 each).
 //!
+//! Ahead of each hello stands `fresh_start`. A supervisor may outlive the server that started it, and meet a later
+//! one: what is added to a frame stands at its end, and nobody minds what he does not know of.
+//!
 //! What a supervisor sends is a stranger's: a frame that is too long, of an unknown kind or with the wrong
 //! nonce condemns its sandbox, and nobody guesses where the next one starts.
 
@@ -99,6 +102,16 @@ pub fn encode(buffer: &mut Vec<u8>, nonce: u64, kind: Request, sections: &[&[u8]
 
 fn length_of(length: usize) -> [u8; 4] {
     u32::try_from(length).expect("the caps on body and code keep every frame far below 4 GiB").to_be_bytes()
+}
+
+/// What goes ahead of each hello: whoever sees it forgets all that came before, which may be the beginning of a frame
+/// whose server was killed in the middle of it. To a supervisor that does not know of it, it is a frame of an unknown
+/// kind, which it passes over.
+///
+/// Made when it is needed, lest a file that holds this program be taken for one.
+pub(super) fn fresh_start() -> [u8; 16] {
+    let [a, b, c] = [0xf5, 0xc0, 0xfe_u8].map(std::hint::black_box);
+    [a, b, c, a, b, c, a, b, 255, 0, 0, 0, 3, c, b, a]
 }
 
 /// How a frame from a supervisor begins.

@@ -4,10 +4,14 @@ use std::io::Write;
 use std::process::Stdio;
 use std::time::Duration;
 
+use codesandbox::runtime::Sandbox;
+use codesandbox::supervisor::{Outcome, Run, SOURCE};
 use serde_json::json;
+use tokio::io::AsyncWriteExt;
 
 use crate::drivers::{self, Driver};
 use crate::engine::Engine;
+use crate::runtime;
 use crate::support::{Server, Wire, eventually};
 
 behaviours! {
@@ -25,6 +29,7 @@ behaviours! {
     what_an_engine_made_for_nobody_is_removed,
     programs_that_run_without_a_server_leave_each_other_alone,
     a_kernel_outlives_a_server_or_is_told_lost,
+    a_frame_that_its_server_left_unfinished_is_forgotten,
 }
 
 fn engine(driver: &Driver) -> &Engine {
@@ -288,4 +293,25 @@ fn programs_that_run_without_a_server_leave_each_other_alone(driver: &Driver) {
     }
     let left = engine(driver).containers_of(&format!("{instance}-run"));
     assert!(left.is_empty(), "{left:?}");
+}
+
+fn a_frame_that_its_server_left_unfinished_is_forgotten(driver: &Driver) {
+    runtime::in_tokio(async {
+        let engine = driver.runtime(&drivers::new_instance(), SOURCE).await;
+        let Sandbox { id, mut stream } = engine.create(&runtime::spec()).await.unwrap();
+        // A run of 300 bytes, of which a hello could be taken for the rest, and one that no hello would end.
+        for length in [300_u32, 1 << 20] {
+            let header = [&7_u64.to_be_bytes()[..], &[2], &length.to_be_bytes(), b"\0\0\0\x02{}"].concat();
+            stream.write_all(&header).await.unwrap();
+            stream.flush().await.unwrap();
+            drop(stream);
+            let mut supervisor = runtime::greeted(engine.attach(&id).await.unwrap().stream).await;
+            let report = supervisor.run(&Run::new("result = 1", Duration::from_secs(10))).await.unwrap();
+            assert!(matches!(report.outcome, Outcome::Result(result) if result.get() == "1"), "{length}");
+            drop(supervisor);
+            stream = engine.attach(&id).await.unwrap().stream;
+        }
+        drop(stream);
+        engine.remove(&id).await.unwrap();
+    });
 }

@@ -4,10 +4,11 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use codesandbox::runtime::fake::{Fake, Inside};
-use codesandbox::runtime::{Error, Fate, Sandbox, SandboxId, SandboxSpec, SessionKey, SharedRuntime};
-use codesandbox::supervisor::SOURCE;
+use codesandbox::runtime::{Duplex, Error, Fate, Sandbox, SandboxId, SandboxSpec, SessionKey, SharedRuntime};
+use codesandbox::supervisor::{Caps, SOURCE, Supervisor};
 use libtest_mimic::Trial;
 use tokio::io::{AsyncReadExt, DuplexStream};
+use tokio::time::Instant;
 
 use crate::behaviour::Behaviour;
 use crate::drivers::{self, Driver};
@@ -94,7 +95,22 @@ fn silent_guest(stream: DuplexStream, _inside: Arc<Inside>) -> tokio::task::Abor
     tokio::spawn(hold).abort_handle()
 }
 
-fn in_tokio(future: impl Future<Output = ()>) {
+/// The conversation over a fresh stream.
+pub(crate) async fn greeted(stream: Duplex) -> Supervisor {
+    let caps = Caps {
+        stdout: 1024,
+        stderr: 1024,
+        result: 1024,
+        error: 1024,
+        listing_lines: 10,
+        artifacts: 0,
+        grace_ms: 1000,
+        rlimits: Default::default(),
+    };
+    Supervisor::attach(stream, &caps, Instant::now() + PATIENCE).await.unwrap().0
+}
+
+pub(crate) fn in_tokio(future: impl Future<Output = ()>) {
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
     runtime.block_on(future);
     runtime.shutdown_timeout(PATIENCE); // what a driver does in the background, as a removal, comes to its end
@@ -106,7 +122,7 @@ async fn subject(driver: &Driver) -> Subject {
     Subject { runtime, other, outlives: !driver.is_embedded() }
 }
 
-fn spec() -> SandboxSpec {
+pub(crate) fn spec() -> SandboxSpec {
     SandboxSpec {
         memory_bytes: 256 << 20,
         processes: 32,

@@ -5,6 +5,9 @@ HELLO_ANSWER, DONE, OUTPUT = 129, 130, 131
 FILE, FILE_ANSWER = 4, 132
 HEADER = struct.Struct(">QBI")  # nonce, kind, length of the payload
 LENGTH = struct.Struct(">I")
+# Stands ahead of each hello: what came before it may be a frame that a dead server left unfinished. Of bytes that no
+# text has, and made here, lest a file that holds this program be taken for one.
+FRESH_START = bytes([0xF5, 0xC0, 0xFE] * 2 + [0xF5, 0xC0, 255, 0, 0, 0, 3, 0xFE, 0xC0, 0xF5])
 # The loader's: the engine's own stream, kept for when the shorter one that the server has now comes to its end.
 ENGINE = globals().get("engine")
 
@@ -66,7 +69,11 @@ class Input:
             self.buffer.clear()
             if not listen_to_engine():
                 leave()
+        seen = max(len(self.buffer) - len(FRESH_START), 0)
         self.buffer += data
+        at = self.buffer.rfind(FRESH_START, seen)
+        if at >= 0:
+            del self.buffer[: at + len(FRESH_START)]
 
     def take(self):
         """The next frame where it is here as a whole, else None."""
