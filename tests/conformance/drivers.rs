@@ -23,8 +23,8 @@ use crate::engine::Engine;
 use crate::support::{ORDINARY_USER, PROGRAM, Server, is_root};
 
 /// All of them, in the order in which they are tried.
-pub(crate) const NAMES: [&str; 7] =
-    ["embedded", "embedded_user", "docker", "podman", "podman_stdin", "podman5", "docker26"];
+pub(crate) const NAMES: [&str; 8] =
+    ["embedded", "embedded_user", "docker", "docker_relay", "podman", "podman_stdin", "podman5", "docker26"];
 
 /// No warm sandboxes: each costs a daemon a tenth of a second of both cores, and most trials want one or two.
 const FEW: [&str; 2] = ["--set", "pool.size=0"];
@@ -90,7 +90,7 @@ impl Driver {
             "embedded" if is_root() => Kind::Embedded,
             "embedded" => return Err("only root is sure to have control groups".into()),
             "embedded_user" => Kind::EmbeddedUser,
-            "docker" => docker("TEST_DOCKER_HOST")?,
+            "docker" | "docker_relay" => docker("TEST_DOCKER_HOST")?,
             "docker26" => docker("TEST_DOCKER26_HOST")?,
             "podman" => podman("TEST_PODMAN_HOST")?,
             "podman_stdin" => podman("TEST_PODMAN_STDIN_HOST")?,
@@ -115,6 +115,16 @@ impl Driver {
             Kind::Embedded | Kind::EmbeddedUser => None,
             Kind::Docker(engine) | Kind::Podman { engine, .. } => Some(engine),
         }
+    }
+
+    /// Whether sandboxes are talked to past the engine, where that can be had.
+    fn is_direct(&self) -> bool {
+        !["docker_relay", "podman_stdin", "podman5"].contains(&self.name)
+    }
+
+    /// The flag that has a server talk to its sandboxes so.
+    pub(crate) fn direct(&self, direct: bool) -> String {
+        format!("{}.direct={direct}", self.configured())
     }
 
     /// Whether all memory of a sandbox together has a limit. Where not, each process has RLIMIT_AS.
@@ -171,6 +181,9 @@ impl Driver {
     pub(crate) fn command(&self) -> Command {
         let mut command = Command::new(self.program.path().join("codesandbox"));
         let image = format!("image={}", image());
+        if self.engine().is_some() {
+            command.args(["--set", &self.direct(self.is_direct())]);
+        }
         match &self.kind {
             Kind::Embedded => {
                 command.args(["--driver", "embedded"]);
@@ -204,7 +217,7 @@ impl Driver {
             pull: container::Pull::Never,
             runtime: None,
             user: None,
-            direct: true,
+            direct: self.is_direct(),
             labels: Default::default(),
         };
         match &self.kind {
@@ -281,7 +294,7 @@ impl Drop for Driver {
 
 /// More of the same engine: another version of it, or set up in another way.
 pub(crate) fn is_a_variant(name: &str) -> bool {
-    ["podman_stdin", "podman5", "docker26"].contains(&name)
+    ["docker_relay", "podman_stdin", "podman5", "docker26"].contains(&name)
 }
 
 /// The image that sandboxes are made of.

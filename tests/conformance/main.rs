@@ -57,17 +57,22 @@ fn main() -> ExitCode {
 /// Other versions of an engine, and other ways to set it up, differ in the API and in what outlives a server: they
 /// are held to the contract (another version), the driver's own, the fates, the recovery and the trouble. What a program
 /// meets inside is the kernel, the image, our supervisor and the settings that the driver asks for, which are the same:
-/// that is tried on one of each kind.
+/// that is tried on one of each kind. What is said through an engine's own stream, and not past it, is tried on
+/// `docker_relay`, `podman5` and `podman_stdin`.
 fn behaviours_of(name: &str) -> Vec<Behaviour> {
     let mut all = Vec::new();
     if name != "podman_stdin" {
         all.extend(contract::behaviours());
     }
-    if !drivers::is_a_variant(name) {
+    if !drivers::is_a_variant(name) || name == "docker_relay" {
         all.extend([files::behaviours(), kernel::behaviours(), stream::behaviours()].concat());
+    }
+    if !drivers::is_a_variant(name) {
         all.extend([isolation::behaviours(), hostile::behaviours()].concat());
     }
-    if !name.starts_with("embedded") {
+    if name == "docker_relay" {
+        all.extend(recovery::behaviours());
+    } else if !name.starts_with("embedded") {
         let parts =
             [fates::behaviours(), pythons::behaviours(), recovery::behaviours(), trouble::behaviours()];
         all.extend(parts.concat());
