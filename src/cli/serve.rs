@@ -3,6 +3,7 @@
 use std::process::ExitCode;
 use std::sync::Arc;
 
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use serde_json::json;
 use tokio::net::TcpListener;
 use tokio::signal::unix::{Signal, SignalKind, signal};
@@ -25,6 +26,7 @@ use crate::session::Sessions;
 pub(super) async fn serve(config: Config) -> Result<ExitCode, Failure> {
     log_to_stderr(&config, &config.log)?;
     let _instance = only_one(&config)?;
+    raise_descriptor_limit();
     let mut signals =
         Signals { terminate: signal(SignalKind::terminate())?, interrupt: signal(SignalKind::interrupt())? };
     // Obeyed from the first moment on: the pull of an image may take long.
@@ -49,6 +51,12 @@ pub(super) async fn serve(config: Config) -> Result<ExitCode, Failure> {
     }
     tracing::info!("stopped");
     Ok(ExitCode::SUCCESS)
+}
+
+/// A session has up to three descriptors here, a client one, and a shell gives 1,024 of the many that may be.
+fn raise_descriptor_limit() {
+    let Rlimit { maximum, .. } = getrlimit(Resource::Nofile);
+    let _ = setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum }); // what is left is what there is
 }
 
 /// Those that end a server.

@@ -276,11 +276,14 @@ impl Program {
         let (offer, pid) = tokio::join!(Offer::read(&mut sandbox.stream), pid);
         let offer = offer?;
         let pid = pid.map_err(io::Error::other).and_then(|told| told.map_err(io::Error::other));
-        let taken = pid.and_then(|pid| offer.take(pid));
+        let known = self.direct.get().is_some();
+        let taken = pid.and_then(|pid| {
+            let taken = offer.take(pid);
+            let _ = self.direct.set(taken.is_ok()); // several may be the first; an engine that is slow shows nothing
+            taken
+        });
         sandbox.stream.write_all(&[if taken.is_ok() { DIRECTLY } else { BY_ENGINE }]).await?;
         sandbox.stream.flush().await?;
-        let known = self.direct.get().is_some();
-        let _ = self.direct.set(taken.is_ok()); // several may be the first
         match taken {
             Ok(stream) => sandbox.stream = Box::new(Direct::new(stream, sandbox.stream)),
             Err(error) if known => tracing::debug!(sandbox = %sandbox.id, %error, "no direct stream"),

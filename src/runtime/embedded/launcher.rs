@@ -93,8 +93,8 @@ fn next(socket: BorrowedFd<'_>) -> Result<Option<(Request, Vec<OwnedFd>)>, Failu
     step("read from the server", wire::receive(socket))
 }
 
-/// 500 sandboxes need about 1,500 descriptors in the server and 500 here.
-pub(super) fn raise_descriptor_limit() {
+/// 500 sandboxes need 500 descriptors here.
+fn raise_descriptor_limit() {
     use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
     let Rlimit { maximum, .. } = getrlimit(Resource::Nofile);
     let _ = setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum }); // what is left is what there is

@@ -100,7 +100,6 @@ impl Embedded {
     /// # Errors
     /// `Unusable`, with the step that failed and what to do about it, where this host lacks something.
     pub async fn start(settings: Settings, supervisor: &'static str) -> Result<Embedded> {
-        launcher::raise_descriptor_limit();
         let python = python::find(settings.rootfs.as_deref(), settings.python.as_deref()).await?;
         let groups = Hierarchy::find(&settings.instance);
         let embedded = Embedded(Arc::new(Inner {
