@@ -18,8 +18,9 @@ use crate::metrics::{Counted, Metrics};
 use crate::runtime::{self, Fate, Found, SandboxId, SandboxSpec, SessionKey, SharedRuntime};
 use crate::supervisor::{self, Caps, Supervisor};
 use capacity::{Capacity, Permit};
+pub(crate) use lease::REMOVE_TIMEOUT;
 pub use lease::{Claimed, Held, Kept};
-use lease::{Engine, Jitter, Made, Ready};
+use lease::{Engine, Made, Ready};
 use ledger::{Claim, Ledger, Plan};
 
 /// Times that a sandbox is attached to while the engine says that it runs: of a stream that ends at once, and of one
@@ -96,9 +97,7 @@ impl Error {
         match self {
             Error::Runtime(runtime::Error::ImageMissing { .. }) => "the image of the sandboxes is missing",
             Error::Runtime(runtime::Error::NoSpace { .. }) => "the engine has no space left",
-            Error::Runtime(runtime::Error::Unavailable { .. }) | Error::Late(_) => {
-                "the engine does not answer"
-            }
+            Error::Runtime(runtime::Error::Unavailable { .. }) | Error::Late(_) => ledger::SILENCE,
             Error::Runtime(_) => "the engine has failed",
             Error::Supervisor(_) => "a sandbox did not come up",
             Error::Failing { trouble, .. } => trouble,
@@ -157,7 +156,7 @@ impl Pool {
         };
         metrics.capacity.set(settings.capacity as i64);
         let pool = Pool(Arc::new(Inner {
-            engine: Engine { runtime, metrics, jitter: Arc::new(Jitter::new(settings.seed)) },
+            engine: Engine::new(runtime, metrics, settings.seed),
             capacity: Capacity::new(settings.capacity),
             attaching: Semaphore::new(plan.starting_max),
             settings,
@@ -173,10 +172,18 @@ impl Pool {
         &self.0.engine.runtime
     }
 
-    /// Whether none is warm and the last creations failed.
+    /// Whether the engine does not answer, or none is warm and the last creations failed.
     pub fn is_failing(&self) -> bool {
         let ledger = self.0.ledger();
-        ledger.is_failing() && ledger.warm() == 0
+        ledger.is_silent() || (ledger.is_failing() && ledger.warm() == 0)
+    }
+
+    /// A call to the engine has failed: one that does not answer is asked for nothing new for a moment.
+    pub fn note(&self, error: &runtime::Error) {
+        if matches!(error, runtime::Error::Unavailable { .. }) {
+            let jitter = self.0.engine.jitter.next();
+            self.0.ledger().silent(Instant::now(), jitter);
+        }
     }
 
     /// Sandboxes that wait for a user.
@@ -253,9 +260,13 @@ impl Pool {
     /// By the engine's word.
     async fn is_running(&self, id: &SandboxId) -> Result<bool, Error> {
         let limit = self.0.settings.create_timeout;
-        let fate = tokio::time::timeout(limit, self.runtime().fate(id)).await.map_err(|_| Error::Late(limit))?;
-        let fate = fate.inspect_err(|error| self.0.engine.failed("fate", error.reason()))?;
+        let fate = tokio::time::timeout(limit, self.fate(id)).await.map_err(|_| Error::Late(limit))??;
         Ok(matches!(fate, Fate::Running { .. }))
+    }
+
+    /// What became of a sandbox.
+    pub async fn fate(&self, id: &SandboxId) -> runtime::Result<Fate> {
+        self.0.engine.fate(id).await
     }
 
     async fn attach_once(&self, kept: &Kept) -> Result<Supervisor, Error> {
@@ -270,7 +281,15 @@ impl Pool {
 
     /// The sandboxes that the engine has.
     pub async fn list(&self) -> runtime::Result<Vec<Found>> {
-        self.runtime().list().await.inspect_err(|error| self.0.engine.failed("list", error.reason()))
+        let listed = self.runtime().list().await;
+        match &listed {
+            Ok(_) => self.0.ledger().heard(),
+            Err(error) => {
+                self.0.engine.failed("list", error.reason());
+                self.note(error);
+            }
+        }
+        listed
     }
 
     /// The sandboxes that this server is to remove one day, whatever their state.
@@ -289,7 +308,7 @@ impl Pool {
         let mut dead = HashSet::new();
         for id in ids {
             // An engine that does not answer proves nothing.
-            match self.runtime().fate(&id).await {
+            match self.fate(&id).await {
                 Ok(Fate::Running { .. }) | Err(_) => continue,
                 Ok(Fate::Gone) => self.0.engine.metrics.reconciled.with_label_values(&["missing"]).inc(),
                 Ok(Fate::Exited { .. } | Fate::OutOfMemory | Fate::Paused) => {}
@@ -419,7 +438,7 @@ impl Inner {
         match greeted {
             Ok((supervisor, _)) => Ok(made.greeted(supervisor)),
             Err(error) => {
-                let fate = runtime.fate(&sandbox.id).await;
+                let fate = self.engine.fate(&sandbox.id).await;
                 tracing::warn!(sandbox = %sandbox.id, ?fate, "a new sandbox did not come up");
                 Err(error.into())
             }

@@ -262,6 +262,11 @@ impl Sessions {
     /// Takes up sandboxes of an earlier server: claimed ones with their files, each for the session that it belonged
     /// to. Removes the rest.
     pub fn recover(&self, found: Vec<Found>) {
+        self.take_up(found, false);
+    }
+
+    /// What is found `late` may have been claimed, by its owner's last server, while that one has begun anew.
+    fn take_up(&self, found: Vec<Found>, late: bool) {
         let mut claims = Vec::new();
         for Found { id, claim } in found {
             match claim {
@@ -275,12 +280,21 @@ impl Sessions {
             let now = Instant::now();
             let since = now.checked_sub(at.elapsed().unwrap_or_default()).unwrap_or(now);
             let mut table = self.0.table();
-            let Entry::Vacant(place) = table.entry(owner.clone()) else {
-                drop(table);
-                tracing::warn!(session = %owner, sandbox = %id, "removes an earlier sandbox of a session");
-                self.forsake(id);
-                continue;
+            let place = match table.entry(owner) {
+                Entry::Vacant(place) => place,
+                Entry::Occupied(session) => {
+                    let session = session.get().clone();
+                    drop(table);
+                    tracing::warn!(session = %session.key, sandbox = %id, "removes an earlier sandbox of a session");
+                    self.forsake(id);
+                    if late {
+                        // An answer may have acknowledged what is in it. The session's next one says so.
+                        tokio::spawn(async move { session.seat.lock().await.lost = true });
+                    }
+                    continue;
+                }
             };
+            let owner = place.key().clone();
             let kept = self.0.pool.keep(id.clone(), since); // even where they are more than may be: it has files
             let session = Session::new(owner);
             session.glance().sandbox = Some((id, at, since));
@@ -319,7 +333,7 @@ impl Sessions {
             return; // what it has just left to a later server is among them
         }
         self.0.metrics.reconciled.with_label_values(&["unknown"]).inc_by(found.len() as u64);
-        self.recover(left.into_iter().chain(found).collect());
+        self.take_up(left.into_iter().chain(found).collect(), true);
     }
 
     fn forsake(&self, id: SandboxId) {
@@ -352,7 +366,8 @@ impl Sessions {
         self.0.ended("deleted");
         // The run that goes on, if any, sees its stream end; who holds the seat gives the sandbox back.
         let runtime = self.0.pool.runtime().clone();
-        let _ = tokio::spawn(async move { runtime.remove(&id).await }).await; // the pool tries again
+        let removal = tokio::spawn(async move { runtime.remove(&id).await });
+        let _ = tokio::time::timeout(pool::REMOVE_TIMEOUT, removal).await; // the pool tries again
         let seat = session.seat.clone().lock_owned().await;
         self.0.close(seat);
         Ok(())
@@ -554,9 +569,9 @@ impl Inner {
 
     /// What became of a sandbox, as far as the engine tells in time.
     async fn fate(&self, id: &SandboxId, deadline: Instant) -> runtime::Result<Fate> {
-        let runtime = self.pool.runtime();
-        let silent = || runtime::Error::Unavailable { driver: runtime.name(), why: "it is silent".into() };
-        let fate = tokio::time::timeout_at(deadline, runtime.fate(id)).await;
+        let driver = self.pool.runtime().name();
+        let silent = || runtime::Error::Unavailable { driver, why: "it is silent".into() };
+        let fate = tokio::time::timeout_at(deadline, self.pool.fate(id)).await;
         fate.unwrap_or_else(|_| Err(silent()))
     }
 

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use tokio::sync::{Notify, oneshot};
+use tokio::sync::{Notify, Semaphore, oneshot};
 use tokio::task::JoinHandle;
 use tokio::time::Instant;
 
@@ -20,7 +20,10 @@ const CLAIM_PAUSE: Duration = Duration::from_millis(20);
 /// Between two looks at a new sandbox that says nothing: a guess, ten times what a hello takes.
 const LOOK_PAUSE: Duration = Duration::from_secs(2);
 /// A driver's removal that takes longer is tried again.
-const REMOVE_TIMEOUT: Duration = Duration::from_secs(20);
+pub(crate) const REMOVE_TIMEOUT: Duration = Duration::from_secs(20);
+/// At once: an engine does no more in the same time when it is asked for hundreds, and each then takes too long. A
+/// guess; what Docker was measured with is 20 creations.
+const REMOVALS_MOST: usize = 16;
 
 /// The engine, and where its failures are counted.
 #[derive(Debug, Clone)]
@@ -28,9 +31,20 @@ pub(super) struct Engine {
     pub(super) runtime: SharedRuntime,
     pub(super) metrics: Arc<Metrics>,
     pub(super) jitter: Arc<Jitter>,
+    /// Removals that may go on at once.
+    removing: Arc<Semaphore>,
 }
 
 impl Engine {
+    pub(super) fn new(runtime: SharedRuntime, metrics: Arc<Metrics>, seed: u64) -> Engine {
+        let (jitter, removing) = (Arc::new(Jitter::new(seed)), Arc::new(Semaphore::new(REMOVALS_MOST)));
+        Engine { runtime, metrics, jitter, removing }
+    }
+
+    pub(super) async fn fate(&self, id: &SandboxId) -> runtime::Result<Fate> {
+        self.runtime.fate(id).await.inspect_err(|error| self.failed("fate", error.reason()))
+    }
+
     pub(super) fn failed(&self, operation: &str, reason: &str) {
         self.metrics.engine_errors.with_label_values(&[operation, reason]).inc();
     }
@@ -43,7 +57,7 @@ impl Engine {
     pub(super) async fn end(&self, id: &SandboxId) {
         loop {
             tokio::time::sleep(LOOK_PAUSE).await;
-            if let Ok(Fate::Exited { .. } | Fate::OutOfMemory | Fate::Gone) = self.runtime.fate(id).await {
+            if let Ok(Fate::Exited { .. } | Fate::OutOfMemory | Fate::Gone) = self.fate(id).await {
                 return;
             }
         }
@@ -53,11 +67,13 @@ impl Engine {
     async fn remove(self, id: SandboxId, permit: Permit) {
         let _counted = self.counted("removing");
         for failures in 1.. {
+            let turn = self.removing.acquire().await.expect("never closed");
             let (reason, why) = match tokio::time::timeout(REMOVE_TIMEOUT, self.runtime.remove(&id)).await {
                 Ok(Ok(())) => break,
                 Ok(Err(error)) => (error.reason(), error.to_string()),
                 Err(_) => ("late", format!("no answer within {REMOVE_TIMEOUT:?}")),
             };
+            drop(turn);
             let pause = ledger::pause(failures, self.jitter.next());
             self.failed("remove", reason);
             tracing::warn!(sandbox = %id, error = why, retry_in = ?pause, "cannot remove a sandbox");

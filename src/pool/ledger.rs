@@ -15,6 +15,8 @@ pub(super) const RETRY: (Duration, Duration) = (Duration::from_millis(200), Dura
 pub(super) const REFILL_PAUSE: Duration = Duration::from_millis(30);
 /// One failure may be the sandbox's; that many in a row are the engine's, and nobody waits for it any longer.
 const FAILURES: u32 = 2;
+/// For a client.
+pub(super) const SILENCE: &str = "the engine does not answer";
 /// Of the mean time of a creation, the part that the last one has.
 const WEIGHT: f64 = 0.2;
 
@@ -46,6 +48,9 @@ pub(super) struct Ledger<T> {
     retry_at: Instant,
     refill_at: Instant,
     last_claim: Instant,
+    /// The engine does not answer, not even for what is made already: until then nobody is given one, who could not
+    /// be told by a later server whose it is. `None` where it answers.
+    silent_until: Option<Instant>,
     /// Of a creation; `None` before the first.
     mean: Option<Duration>,
     closed: bool,
@@ -83,6 +88,7 @@ impl<T> Ledger<T> {
             retry_at: now,
             refill_at: now,
             last_claim: now,
+            silent_until: None,
             mean: None,
             closed: false,
         }
@@ -93,6 +99,9 @@ impl<T> Ledger<T> {
             return Claim::Refused(Error::Closed);
         }
         self.last_claim = now;
+        if let Some(until) = self.silent_until.filter(|until| now < *until) {
+            return Claim::Refused(Error::Failing { trouble: SILENCE, retry_after: until - now });
+        }
         if let Some((sandbox, _)) = self.warm.pop_front() {
             if self.refill_at <= now {
                 self.refill_at = now + REFILL_PAUSE;
@@ -144,6 +153,7 @@ impl<T> Ledger<T> {
     pub(super) fn made(&mut self, sandbox: T, took: Duration, now: Instant) -> Option<T> {
         self.starting -= 1;
         self.failures = 0;
+        self.heard();
         self.retry_at = now;
         let mean = self.mean.unwrap_or(took);
         self.mean = Some(mean.mul_f64(1.0 - WEIGHT) + took.mul_f64(WEIGHT));
@@ -178,6 +188,20 @@ impl<T> Ledger<T> {
                 let _ = tell.send(Err(Error::Failing { retry_after: pause, trouble })); // who left needs no answer
             }
         }
+    }
+
+    /// The engine has not answered: the next claim that is let through tries it again.
+    pub(super) fn silent(&mut self, now: Instant, jitter: f64) {
+        self.silent_until = Some(now + RETRY.0.mul_f64(1.0 + jitter));
+    }
+
+    /// It has.
+    pub(super) fn heard(&mut self) {
+        self.silent_until = None;
+    }
+
+    pub(super) fn is_silent(&self) -> bool {
+        self.silent_until.is_some()
     }
 
     pub(super) fn is_failing(&self) -> bool {

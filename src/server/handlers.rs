@@ -48,16 +48,8 @@ pub(super) struct RunAnswer<'a> {
 impl<'a> From<&'a Done> for RunAnswer<'a> {
     fn from(done: &'a Done) -> RunAnswer<'a> {
         let Done { outcome, aftermath, lost, timing: _ } = done;
-        let Aftermath {
-            stdout,
-            stderr,
-            workspace_files,
-            artifacts,
-            display,
-            truncated,
-            kernel_lost,
-            cpu: _,
-        } = aftermath;
+        let Aftermath { stdout, stderr, workspace_files, artifacts, display, truncated, kernel_lost, cpu: _ } =
+            aftermath;
         RunAnswer {
             error: outcome.as_ref().err().map(ErrorDetail::message),
             error_detail: outcome.as_ref().err(),

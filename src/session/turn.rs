@@ -112,6 +112,7 @@ impl Turn {
     pub(super) async fn is_named(&mut self) -> Result<(), Error> {
         let Some(claimed) = self.seat().claimed.as_mut() else { return Ok(()) };
         let Err(error) = claimed.is_named().await else { return Ok(()) };
+        self.place().sessions.0.pool.note(&error);
         let session = self.place().session.clone();
         tracing::warn!(session = %session.key, %error, "cannot claim a sandbox");
         self.give_up_sandbox();
