@@ -13,7 +13,7 @@ use tokio::io::{AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio_util::io::StreamReader;
 
 use super::direct::{Direct, Offer};
-use super::guest::TCP_BUFFERS;
+use super::guest::{MEMBERSHIPS, TCP_BUFFERS, TIME_WAITS};
 use super::{
     Claim, Duplex, Error, Found, KeySecret, Layer, Limit, Result, Sandbox, SandboxId, SandboxSpec, SessionKey,
 };
@@ -27,8 +27,12 @@ pub(super) const SECRET_LABEL: &str = "codesandbox.secret";
 /// own score further, so that within a sandbox it goes before the supervisor.
 pub(super) const OOM_SCORE_ADJ: i64 = 500;
 /// What no control group may count is small.
-pub(super) const SYSCTLS: [(&str, &str); 2] =
-    [("net.ipv4.tcp_rmem", TCP_BUFFERS), ("net.ipv4.tcp_wmem", TCP_BUFFERS)];
+pub(super) const SYSCTLS: [(&str, &str); 4] = [
+    ("net.ipv4.tcp_rmem", TCP_BUFFERS),
+    ("net.ipv4.tcp_wmem", TCP_BUFFERS),
+    ("net.ipv4.tcp_max_tw_buckets", TIME_WAITS),
+    ("net.ipv4.igmp_max_memberships", MEMBERSHIPS),
+];
 /// What of /proc tells of the host: the engines' own list, and `interrupts`, whose counters tell of the others.
 pub(super) const MASKED_PATHS: [&str; 12] = [
     "/proc/acpi",

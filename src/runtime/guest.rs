@@ -26,6 +26,11 @@ pub(super) const HOSTNAME: &str = "sandbox";
 pub(super) const WORKSPACE: &str = "/workspace";
 /// Bytes of one TCP connection's buffers, least, first and most: what no control group may count is small.
 pub(super) const TCP_BUFFERS: &str = "4096 65536 262144";
+/// TCP connections that wait after their end: none, since they outlive the run, hold its ports, and fill a table that
+/// is the host's (131,072 of them in 8 s, were there no limit).
+pub(super) const TIME_WAITS: &str = "0";
+/// Multicast groups of one socket, which no control group counts.
+pub(super) const MEMBERSHIPS: &str = "1";
 
 /// Of the environment what is the same for every sandbox: nothing of the server's.
 ///

@@ -354,9 +354,14 @@ fn attacks_on_pid_1() -> Vec<Program> {
             "fd = os.pidfd_open(1)\nfor s in (9, 15, 19, 2): refused(signal.pidfd_send_signal, fd, s)\nresult = 1",
         ),
         program(
-            "kill_pid_1_by_f_setsig",
-            Gives("1"),
-            "import fcntl, socket\na, b = socket.socketpair()\nfcntl.fcntl(a, fcntl.F_SETOWN, 1); fcntl.fcntl(a, 10, 9)\nfcntl.fcntl(a, fcntl.F_SETFL, os.O_ASYNC | os.O_NONBLOCK)\nb.send(b'x'); time.sleep(0.1)\nresult = 1",
+            "have_the_kernel_send_signals",
+            Gives(r#"["EPERM","EPERM","EPERM","EPERM","EPERM","EPERM","EPERM"]"#),
+            "import fcntl\nr, w = os.pipe()\nresult = [refused(fcntl.fcntl, r, c, a) for c, a in ((8, 1), (10, 9), (15, 0), (1024, 0), (1026, 1))] + [refused(fcntl.ioctl, r, c, bytes([1, 0, 0, 0])) for c in (0x8901, 0x8902)]",
+        ),
+        program(
+            "leave_an_acl_or_empty_the_hosts_cache",
+            Gives(r#"["EOPNOTSUPP","EPERM"]"#),
+            "result = [refused(os.setxattr, '/workspace', 'user.x', b'y').replace('ENOTSUP', 'EOPNOTSUPP'), refused(os.posix_fadvise, os.open('/proc/self/exe' if not os.access('/etc/passwd', os.R_OK) else '/etc/passwd', os.O_RDONLY), 0, 0, os.POSIX_FADV_DONTNEED)]",
         ),
         program(
             "flood_pid_1_with_sigchld",

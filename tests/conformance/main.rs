@@ -8,6 +8,7 @@
 
 #[macro_use]
 mod behaviour;
+mod aftermath;
 mod contract;
 mod daemon;
 mod drivers;
@@ -68,7 +69,7 @@ fn behaviours_of(name: &str) -> Vec<Behaviour> {
         all.extend([files::behaviours(), kernel::behaviours(), stream::behaviours()].concat());
     }
     if !drivers::is_a_variant(name) {
-        all.extend([isolation::behaviours(), hostile::behaviours()].concat());
+        all.extend([aftermath::behaviours(), isolation::behaviours(), hostile::behaviours()].concat());
     }
     if name == "docker_relay" {
         all.extend(recovery::behaviours());

@@ -56,6 +56,8 @@ fn prepare(socket: BorrowedFd<'_>) -> Result<Option<Launcher>, Failure> {
     }) else {
         return Ok(None);
     };
+    // Else Ctrl-C at the server's terminal would end the sandboxes with the runs that the server lets end.
+    step("setsid", rustix::process::setsid())?;
     if !rustix::process::geteuid().is_root() {
         step("unshare a user namespace", unshare(UnshareFlags::NEWUSER))?;
         let pid = std::process::id();

@@ -5,7 +5,7 @@
 use rustix::mount::MountFlags;
 use rustix::process::Resource;
 
-use crate::runtime::guest::{HOSTNAME, TCP_BUFFERS};
+use crate::runtime::guest::{HOSTNAME, MEMBERSHIPS, TCP_BUFFERS, TIME_WAITS};
 
 /// The uid and gid that everything in a sandbox has, seen from inside: not root, no capability, one group.
 pub(super) const SANDBOX_ID: u32 = 1000;
@@ -38,8 +38,12 @@ pub(super) const NAMESPACE_LIMITS: [&str; 8] = [
 ];
 
 /// What no control group may count is small.
-pub(super) const NETWORK_LIMITS: [(&str, &str); 2] =
-    [("ipv4/tcp_rmem", TCP_BUFFERS), ("ipv4/tcp_wmem", TCP_BUFFERS)];
+pub(super) const NETWORK_LIMITS: [(&str, &str); 4] = [
+    ("ipv4/tcp_rmem", TCP_BUFFERS),
+    ("ipv4/tcp_wmem", TCP_BUFFERS),
+    ("ipv4/tcp_max_tw_buckets", TIME_WAITS),
+    ("ipv4/igmp_max_memberships", MEMBERSHIPS),
+];
 
 /// The host's directories that make the root file system, read-only. Nothing of /home, /var, /root, /srv.
 /// Nor of /opt, where services keep what is theirs.

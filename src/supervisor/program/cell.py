@@ -2,6 +2,7 @@
 
 ONLY_AST = 0x400  # as ast.PyCF_ONLY_AST
 BUILTINS = sys.modules["builtins"]
+UNINTERRUPTIBLE = 70  # exit status of a kernel that cannot say so any more
 BEGUN = b"\1"  # a kernel says so where nobody waits for it: from here on SIGINT is a KeyboardInterrupt
 
 
@@ -54,7 +55,7 @@ def run_cell(source, limits, extras):
     try:
         write_all(Cell.begun, BEGUN)
     except OSError:
-        os._exit(70)  # an earlier run has closed it: this kernel cannot be interrupted any more
+        os._exit(UNINTERRUPTIBLE)  # an earlier run has closed it
     Cell.number += 1
     name = CELL_NAME % Cell.number
     FINDER.remember(name, source)

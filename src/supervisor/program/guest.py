@@ -27,7 +27,8 @@ def run_process(task, out, err, result, limits):
     """The whole life of a forked interpreter: wait for the task, run it, tell the outcome."""
     pid = os.getpid()
     os.setsid()
-    os.dup2(out, 1), os.dup2(err, 2)  # 0 is the forker's own, which is empty
+    os.dup2(out, 1), os.dup2(err, 2)
+    os.close(0), os.open(os.devnull, os.O_RDONLY)  # its own: flags and locks of the forker's would stay
     low, high = (task, result) if task < result else (result, task)
     os.closerange(3, low), os.closerange(low + 1, high), os.closerange(high + 1, MOST_DESCRIPTORS)
     begun = os.read(task, 1 << 12)

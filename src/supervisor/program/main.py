@@ -2,14 +2,15 @@
 
 PR_SET_DUMPABLE, PR_SET_NAME = 4, 15
 PARK_WAIT_S = 5.0  # for a PID 1 whose server has only just left
+OOM_FILE = "/proc/self/oom_score_adj"
 OOM_SCORE_ADJ = "900"  # of all but the supervisor, whose own comes from the engine
 
 
 def main():
     if os.getpid() != 1 and not (MODE == BESIDE and is_parked()):
         sys.exit("the supervisor kills every process that it can see: it runs in a sandbox only")
+    sys.argv[:] = [CODE_NAME]
     if MODE:
-        sys.argv[1:] = []
         if hasattr(sys, "orig_argv"):
             sys.orig_argv[1:] = []
         set_dumpable(0)
@@ -61,16 +62,21 @@ def freeze():
 
 
 def die_first():
-    """Lets a lack of memory take a run before its supervisor. Embedded, the server sees to it from outside."""
-    if not MODE:
-        return
-    set_dumpable(1)  # else the file is root's
+    """Lets a lack of memory take a run before its supervisor.
+
+    Embedded, the server lowers the supervisor's own once there is a first forker; the later ones, and kernels, do this.
+    """
     try:
-        with open("/proc/self/oom_score_adj", "w") as file:
-            file.write(OOM_SCORE_ADJ)
-    except OSError:
+        if not MODE and int(contents(OOM_FILE)) > 0:
+            return
+        set_dumpable(1)  # else the file is root's
+        try:
+            with open(OOM_FILE, "w") as file:
+                file.write(OOM_SCORE_ADJ)
+        finally:
+            set_dumpable(0)
+    except (OSError, ImportError):
         pass  # then the largest process is taken, which is most likely the run's, too
-    set_dumpable(0)
 
 
 def set_dumpable(dumpable):

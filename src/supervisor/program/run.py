@@ -2,6 +2,7 @@
 
 TIMEOUT, CANCELLED, CPU_EXCEEDED = 1, 2, 3
 LOOK_AGAIN_S = 0.25  # whether a kernel is dead whose end of the pipe a fork of it holds open
+LONGEST_POLL_S = 86400  # poll(2) takes milliseconds as an int, of which there are 24 days
 LONE_S = 0.05  # a run that takes longer may have gone through all pids, and be at the same one again
 CORES = os.cpu_count() or 1
 
@@ -88,7 +89,7 @@ class Run:
                         os._exit(1)  # it outlives SIGKILL: the sandbox is of no more use
                     self.expire()
                     continue
-                for fd, _ in poller.poll(left * 1000 + 1):
+                for fd, _ in poller.poll(min(left, LONGEST_POLL_S) * 1000 + 1):
                     if fd in captures:
                         if captures[fd].read() is False:
                             poller.unregister(fd)
@@ -206,6 +207,13 @@ class KernelRun(Run):
         if self.has_begun():
             self.signalled = True
             super().signal()
+
+    def has_surely_not_begun(self):
+        """Of a kernel that is dead: it has not read all of its task, or has found that it cannot be interrupted. Its own
+        word that it has begun may have been stopped by an earlier run.
+        """
+        refused = os.WIFEXITED(self.status) and os.WEXITSTATUS(self.status) == UNINTERRUPTIBLE
+        return not self.begun and (bool(self.task) or refused)
 
     def has_begun(self):
         """Whether the code has: looked up only where it matters, since a word about it would wake us in each run."""

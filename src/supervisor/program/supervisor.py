@@ -4,7 +4,8 @@ REPORT = struct.Struct(">iiBBBBQQ")  # see protocol.rs
 CUT_STDOUT, CUT_STDERR, CUT_LISTING, CUT_RESULT, KERNEL_LOST = 1, 2, 4, 8, 16
 EMPTY = b'["total 0"]'
 REST_AFTER_MS = 2  # a sandbox that is busy has its next task sooner, and saves the warming
-KERNEL_WAIT_S = 0.5  # for a forker beside a kernel, which may have stopped it
+FORK_WAIT_S = 2.0  # for a forker, which a run may have stopped as it ended
+KERNEL_WAIT_S = 0.5  # beside a kernel, which may do so at any time
 ATTEMPTS = 3  # to begin a run, before the sandbox is given up
 LEAVE_S = 1.0  # from a run's answer to the end of its process, which has nothing to do but to exit
 
@@ -20,6 +21,7 @@ class Supervisor:
         self.empty_since = None
         self.limits = None
         self.forker = self.waiting = self.kernel = None
+        self.in_reach = False  # whether the interpreter that waits was in a kernel's reach, which may have stopped it
         self.poller = select.poll()
         _signal.signal(_signal.SIGCHLD, lambda *_: collect())
         _signal.signal(_signal.SIGINT, _signal.SIG_IGN)  # a guest may send it: kill(1, SIGINT)
@@ -48,6 +50,7 @@ class Supervisor:
 
     def fork_anew(self):
         """A forker that knows what this process knows now, in place of one that is dead or is to be."""
+        self.in_reach = False
         if self.waiting:  # the old one's
             os.close(self.waiting.task)
             self.waiting.close()
@@ -122,16 +125,17 @@ class Supervisor:
             if not run.forker_died:
                 break
             self.lose_kernel()
-            if run.begun or run.why:
-                break  # else the kernel was of no use before, and the code has not begun
+            if run.why or not run.has_surely_not_begun():
+                break
         send(nonce, DONE, *self.answer(run, time.monotonic() - begun, self.kernel_lost))
         self.kernel_lost = False
         if self.kernel:
             self.kernel.rest()
         self.waiting = self.waiting or self.next_interpreter()
+        self.in_reach = True
 
     def next_interpreter(self):
-        return self.forker.next(self.kernel and KERNEL_WAIT_S)
+        return self.forker.next(KERNEL_WAIT_S if self.kernel else FORK_WAIT_S)
 
     def lose_kernel(self):
         """Its variables are gone; which the next answer of one says."""
@@ -145,6 +149,8 @@ class Supervisor:
 
     def begin(self, task):
         """An interpreter that has the task. One that died waiting has not begun it, so another one may."""
+        if self.in_reach:
+            self.fork_anew()
         for attempt in range(ATTEMPTS):
             interpreter, self.waiting = self.waiting or self.next_interpreter(), None
             if self.kernel:
@@ -161,6 +167,10 @@ class Supervisor:
 
     def answer(self, run, spent, kernel_lost=False):
         kind, payload, extras = run.outcome() or (0, b"", b"")
+        # The caps that an honest one keeps by itself.
+        oversized = run.result.cut or (kind == RESULT and len(payload) > self.limits["result"])
+        payload = b"" if oversized else payload
+        extras = extras if len(extras) <= extras_cap(self.limits) else b""
         lines, cut = self.listing()
         killed = os.WIFSIGNALED(run.status) and os.WTERMSIG(run.status) == _signal.SIGKILL
         report = REPORT.pack(
@@ -171,7 +181,7 @@ class Supervisor:
             run.out.cut * CUT_STDOUT
             | run.err.cut * CUT_STDERR
             | cut * CUT_LISTING
-            | run.result.cut * CUT_RESULT
+            | oversized * CUT_RESULT
             | kernel_lost * KERNEL_LOST,
             self.memory.verdict() if killed else UNKNOWN,
             int(spent * 1e6),
