@@ -7,6 +7,9 @@ use hyper::StatusCode;
 use crate::session;
 use crate::session::files::{self, Refusal};
 
+/// Of what is wrong with a request, in an answer.
+const TOLD_CHARACTERS: usize = 300;
+
 /// A request that was not served. The guest's own failures are no such errors: they are answers.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum Error {
@@ -63,7 +66,9 @@ impl From<Refusal> for Error {
 
 impl Error {
     pub(super) fn invalid(field: &str, right: impl std::fmt::Display) -> Error {
-        Error::Invalid(format!("{field} {right}"))
+        let told = format!("{field} {right}");
+        // It may quote what the client sent.
+        Error::Invalid(told.chars().take(TOLD_CHARACTERS).collect())
     }
 
     /// What the client is told: of the engine's trouble no more than its kind.

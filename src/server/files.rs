@@ -9,7 +9,7 @@ use http_body_util::BodyExt;
 use hyper::body::{Body as _, Incoming};
 use hyper::header::{
     ACCEPT, ACCEPT_RANGES, CONTENT_LENGTH, CONTENT_RANGE, CONTENT_TYPE, ETAG, EXPECT, HeaderName,
-    HeaderValue, LAST_MODIFIED, X_CONTENT_TYPE_OPTIONS,
+    HeaderValue, IF_MATCH, IF_NONE_MATCH, IF_UNMODIFIED_SINCE, LAST_MODIFIED, X_CONTENT_TYPE_OPTIONS,
 };
 use hyper::{HeaderMap, Method, Request, Response, StatusCode};
 use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, percent_decode_str, percent_encode};
@@ -36,6 +36,7 @@ const PATH_BYTES: usize = 4096;
 /// Bytes of a refused body that are read all the same, and how long the next ones are waited for: a client that
 /// writes its all before it reads would else see a broken connection, and no answer.
 const LINGER_BYTES: u64 = 16 << 20;
+const CONDITIONS: [HeaderName; 3] = [IF_MATCH, IF_NONE_MATCH, IF_UNMODIFIED_SINCE];
 const LINGER: Duration = Duration::from_millis(300);
 const IS_CUT: HeaderName = HeaderName::from_static("x-truncated");
 /// What a path has as it is, in a listing that has to escape it.
@@ -65,6 +66,12 @@ pub(super) async fn serve(
                 return pack(state, files, &path);
             }
             get(files, &path, request.headers()).await
+        }
+        // Nothing of ours asks and writes in one step, and who sets a condition relies on it.
+        Method::PUT | Method::DELETE
+            if CONDITIONS.iter().any(|name| request.headers().contains_key(name)) =>
+        {
+            Err(Error::invalid("if-match, if-none-match and if-unmodified-since", "are taken with GET only"))
         }
         Method::PUT if is_tar(CONTENT_TYPE) => {
             let files = open(Missing::Make).await?;

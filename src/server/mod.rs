@@ -47,6 +47,8 @@ pub fn check_data(text: &str) -> Result<(), String> {
 
 /// Listings and tars that may be on their way out at once.
 pub const WALKS: usize = 16;
+/// From the end of the last runs, by the deadline, to that of their connections.
+const LAST_ANSWERS: Duration = Duration::from_secs(1);
 /// After a failed accept (no descriptor left, say): others may give one back meanwhile.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 /// What hyper reads of a request's line and headers before it answers 431: that much, and up to as much again
@@ -146,13 +148,14 @@ impl Server {
         drop(listener);
         let _ = stopping.send(true); // no receiver: no connection is open
         let deadline = Instant::now() + grace;
-        let ended = async { while connections.join_next().await.is_some() {} };
-        let (_, ended) =
-            tokio::join!(state.sessions.drain(deadline), tokio::time::timeout_at(deadline, ended));
-        if ended.is_err() {
-            tracing::warn!(connections = connections.len(), "cut off what did not end in time");
-            connections.shutdown().await;
-        }
+        let ended = async {
+            let all = async { while connections.join_next().await.is_some() {} };
+            if tokio::time::timeout_at(deadline + LAST_ANSWERS, all).await.is_err() {
+                tracing::warn!(connections = connections.len(), "cut off what did not end in time");
+                connections.shutdown().await; // with what goes on there, which holds its sandbox
+            }
+        };
+        tokio::join!(state.sessions.drain(deadline), ended);
         if let Some(audit) = &state.audit {
             audit.close().await; // after the last run: what was cut off has its line, too
         }

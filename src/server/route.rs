@@ -4,7 +4,8 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use hyper::body::Incoming;
-use hyper::header::{ALLOW, CONTENT_RANGE, CONTENT_TYPE, HeaderName, HeaderValue, ORIGIN, RETRY_AFTER};
+use hyper::header::{ALLOW, CONTENT_RANGE, CONTENT_TYPE, HOST, HeaderName, HeaderValue, ORIGIN, RETRY_AFTER};
+use hyper::http::uri::Authority;
 use hyper::{HeaderMap, Method, Request, Response, StatusCode};
 use serde::Serialize;
 use tracing::Instrument;
@@ -153,7 +154,7 @@ fn fit<'p>(template: &str, path: &'p str) -> Option<Parameters<'p>> {
 
 fn tenant(state: &State, headers: &HeaderMap) -> Result<Arc<str>, Error> {
     let auth = state.auth.borrow();
-    if auth.is_open() && is_from_a_page(headers) {
+    if auth.is_open() && (is_from_a_page(headers) || is_for_another_host(headers)) {
         return Err(Error::Forbidden);
     }
     auth.tenant(headers).ok_or(Error::Unauthorized)
@@ -165,6 +166,16 @@ fn is_from_a_page(headers: &HeaderMap) -> bool {
     let typed_by_the_user = |value: &HeaderValue| value == "none";
     headers.contains_key(ORIGIN)
         || headers.get("sec-fetch-site").is_some_and(|value| !typed_by_the_user(value))
+}
+
+/// A page of a stranger's domain whose address has been changed to this machine's (DNS rebinding) is no other origin's
+/// to its browser. What nobody can register, a name without a dot, is none; an address needs no DNS.
+fn is_for_another_host(headers: &HeaderMap) -> bool {
+    let Some(host) = headers.get(HOST) else { return false };
+    let Ok(authority) = host.to_str().unwrap_or_default().parse::<Authority>() else { return true };
+    let name = authority.host().trim_end_matches('.').to_ascii_lowercase();
+    let is_address = name.starts_with('[') || name.parse::<std::net::Ipv4Addr>().is_ok();
+    name.contains('.') && !is_address && !name.ends_with(".localhost")
 }
 
 fn refuse(state: &State, error: &Error) -> Answer {

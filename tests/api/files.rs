@@ -35,6 +35,17 @@ fn block(number: usize) -> Vec<u8> {
 // -- what is asked of a file -------------------------------------------------------------------------
 
 #[test]
+fn conditions_of_a_change_are_refused_where_they_would_not_be_kept() {
+    let server = Server::start(&[]);
+    assert_eq!(server.request("PUT", &format!("{F}/f"), &[], "old").0, 201);
+    for (method, name) in [("PUT", "if-none-match"), ("PUT", "if-match"), ("DELETE", "if-match")] {
+        let (status, _, body) = server.request(method, &format!("{F}/f"), &[(name, "*")], "new");
+        assert_eq!(status, 400, "{body}");
+    }
+    assert_eq!(server.get(&format!("{F}/f")).1, "old");
+}
+
+#[test]
 fn a_part_of_a_file_is_206_and_one_beyond_it_416() {
     let server = server(&[]);
     let content: Vec<u8> = (0..200_000_u32).map(|at| at as u8).collect();

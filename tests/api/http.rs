@@ -534,6 +534,53 @@ fn a_page_in_a_browser_may_not_use_a_server_without_keys() {
 }
 
 #[test]
+fn a_name_that_a_stranger_may_register_is_no_name_of_a_server_without_keys() {
+    let server = server(&[]);
+    let with = |host: &str| {
+        post_bytes(&run_body("u", "result = 1")).replacen("host: x", &format!("host: {host}"), 1)
+    };
+    for host in ["evil.example", "evil.example:5000", "EVIL.Example.", "127.0.0.1.evil.example"] {
+        assert_eq!(ask(&server, with(host)).unwrap().status, 403, "{host}");
+    }
+    for host in ["localhost:5000", "127.0.0.1:5000", "[::1]:5000", "sandbox", "sandbox.localhost"] {
+        assert_eq!(ask(&server, with(host)).unwrap().status, 200, "{host}");
+    }
+}
+
+#[test]
+fn bodies_that_do_not_come_keep_nobody_waiting() {
+    // The patience of a client here is less than the time that they have.
+    let server = server(&[
+        "--set",
+        "limits.body=1MiB",
+        "--set",
+        "server.bodies=1MiB",
+        "--set",
+        "server.body_timeout=300s",
+    ]);
+    let silent: Vec<Wire> = ["content-length: 1048576", "transfer-encoding: chunked"]
+        .into_iter()
+        .cycle()
+        .take(20)
+        .map(|length| {
+            let mut wire = Wire::new(&server);
+            wire.send(format!("POST /run HTTP/1.1\r\nhost: x\r\n{length}\r\n\r\n1"));
+            wire
+        })
+        .collect();
+    assert_eq!(server.run("u", "result = 1")["result"], 1);
+    drop(silent);
+}
+
+#[test]
+fn what_a_request_says_comes_back_in_part() {
+    let server = server(&[]);
+    let (status, answer) =
+        server.post(format!(r#"{{"user_id":"u","code":"1","{}":1}}"#, "x".repeat(100_000)));
+    assert!(status == 400 && answer["error"].as_str().unwrap().len() < 1000, "{answer}");
+}
+
+#[test]
 fn a_half_closed_connection_ends_with_an_answer_or_as_a_client_gone() {
     let server = server(&[]);
     let mut wire = Wire::new(&server);
