@@ -5,6 +5,7 @@ mod engine;
 mod run;
 mod serve;
 
+use std::io::Write;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -94,11 +95,27 @@ pub fn main() -> ExitCode {
     let Cli { options, command } = Cli::parse();
     match dispatch(&options, command.unwrap_or(Command::Serve)) {
         Ok(code) => code,
+        Err(failure) if is_broken_pipe(&failure) => ExitCode::from(UNHEARD),
         Err(failure) => {
             eprintln!("codesandbox: {failure}");
             ExitCode::from(2)
         }
     }
+}
+
+/// What a shell gives a program that SIGPIPE ended.
+const UNHEARD: u8 = 141;
+
+/// Whoever read our standard output has gone, as `head` does.
+fn is_broken_pipe(failure: &Failure) -> bool {
+    failure
+        .downcast_ref::<std::io::Error>()
+        .is_some_and(|error| error.kind() == std::io::ErrorKind::BrokenPipe)
+}
+
+/// A line to standard output, which may be closed or full.
+fn say(line: impl std::fmt::Display) -> std::io::Result<()> {
+    writeln!(std::io::stdout(), "{line}")
 }
 
 fn dispatch(options: &Options, command: Command) -> Result<ExitCode, Failure> {
@@ -108,7 +125,7 @@ fn dispatch(options: &Options, command: Command) -> Result<ExitCode, Failure> {
     let layers = Layers::new(options.config.as_deref(), &options.flags()?)?;
     let config = layers.read()?;
     if let Command::Config = command {
-        print!("{}", layers.describe()?);
+        say(layers.describe()?.trim_end())?;
         return Ok(ExitCode::SUCCESS);
     }
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
@@ -127,8 +144,8 @@ fn new_key(tenant: &str) -> Result<ExitCode, Failure> {
         return Err("--tenant must be a name without \":\", \"#\" and line breaks".into());
     }
     let (key, line) = Key::generate(tenant);
-    println!("key (shown only now): {key}");
-    println!("line for auth.keys_file: {line}");
+    say(format_args!("key (shown only now): {key}"))?;
+    say(format_args!("line for auth.keys_file: {line}"))?;
     Ok(ExitCode::SUCCESS)
 }
 

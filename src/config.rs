@@ -11,6 +11,7 @@ use figment::Figment;
 use figment::providers::{Env, Format, Toml};
 use figment::value::{Dict, Value};
 use serde::Deserialize;
+use tracing_subscriber::EnvFilter;
 
 use crate::runtime::Limit;
 use crate::runtime::container::Pull;
@@ -304,8 +305,7 @@ impl Layers {
     }
 
     fn describe_key(&self, text: &mut String, key: &str, path: &str, value: &Value) {
-        let value = toml::Value::try_from(value).map_or_else(|_| "?".into(), |value| value.to_string());
-        let line = format!("{key} = {value}");
+        let line = format!("{key} = {}", literal(value));
         let _ = writeln!(text, "{line:<42} # {}", self.place(path)); // a String takes every byte
     }
 
@@ -340,13 +340,25 @@ impl Layers {
             },
             None => self.place(&key),
         };
+        use figment::error::Kind;
         let what = match &error.kind {
-            figment::error::Kind::UnknownField(_, known) => {
+            Kind::UnknownField(_, known) => {
                 format!("there is no such key; expected one of {}", known.join(", "))
             }
+            Kind::UnknownVariant(given, known) => format!("{given:?} is none of {}", known.join(", ")),
+            Kind::InvalidType(found, _) | Kind::InvalidValue(found, _) => format!("found {found}"),
             kind => kind.to_string(),
         };
-        Error(format!("configuration key {key} ({place}): {what}"))
+        if key.is_empty() {
+            return Error(format!("{place}: {what}")); // no TOML at all
+        }
+        let right = match Layers(Figment::from(Toml::string(DEFAULTS))).0.find_value(&key) {
+            Ok(value) if !matches!(error.kind, Kind::UnknownField(..)) => {
+                format!("; of the right kind is {key} = {}", literal(&value))
+            }
+            _ => String::new(),
+        };
+        Error(format!("configuration key {key} ({place}): {what}{right}"))
     }
 
     fn check(&self, config: &Config) -> Result<(), Error> {
@@ -355,6 +367,16 @@ impl Layers {
             true => Ok(()),
             false => Err(Error(format!("configuration key {key} ({}): {right}", self.place(key)))),
         };
+        // Of several that do not go together somebody has set one, at least.
+        let set = |keys: &[&'static str]| {
+            let set = keys.iter().find(|key| self.place(key) != "default");
+            *set.unwrap_or(&keys[0])
+        };
+        need(
+            is_log_filter(&config.log),
+            "log",
+            "must be a level (off, error, warn, info, debug, trace), or levels by target, as in \"info,codesandbox::audit=info\"",
+        )?;
         for (key, time) in [
             ("limits.timeout", limits.timeout),
             ("limits.timeout_max", limits.timeout_max),
@@ -410,8 +432,8 @@ impl Layers {
         )?;
         need(
             limits.timeout <= limits.timeout_max,
-            "limits.timeout",
-            "must not be longer than limits.timeout_max",
+            set(&["limits.timeout", "limits.timeout_max"]),
+            "limits.timeout must not be longer than limits.timeout_max",
         )?;
         need(
             limits.memory >= LEAST_MEMORY,
@@ -427,12 +449,16 @@ impl Layers {
         ] {
             need(size <= MOST_MEMORY, key, "must be at most 1PiB")?;
         }
-        need(server.bodies >= limits.body, "server.bodies", "must not be less than limits.body")?;
+        need(
+            server.bodies >= limits.body,
+            set(&["server.bodies", "limits.body"]),
+            "server.bodies must not be less than limits.body",
+        )?;
         let files = limits.workspace + limits.tmp + limits.shm;
         need(
             files + LEAST_MEMORY <= limits.memory,
-            "limits.memory",
-            "must be 32MiB more than limits.workspace, limits.tmp and limits.shm together, which are in memory",
+            set(&["limits.memory", "limits.workspace", "limits.tmp", "limits.shm"]),
+            "limits.memory must be 32MiB more than limits.workspace, limits.tmp and limits.shm together, which are in memory",
         )?;
         for (key, size) in
             [("limits.workspace", limits.workspace), ("limits.tmp", limits.tmp), ("limits.shm", limits.shm)]
@@ -453,7 +479,11 @@ impl Layers {
         need((64..=10_000_000).contains(&limits.inodes), "limits.inodes", "must be from 64 to 10000000")?;
         need((1..=100_000).contains(&limits.listing), "limits.listing", "must be from 1 to 100000")?;
         need((1..=1_000_000).contains(&limits.files), "limits.files", "must be from 1 to 1000000")?;
-        need(limits.code <= limits.body, "limits.code", "must not be more than limits.body")?;
+        need(
+            limits.code <= limits.body,
+            set(&["limits.code", "limits.body"]),
+            "limits.code must not be more than limits.body",
+        )?;
         let stated = self.place("pool.size") != "default"; // the default gives way
         need(pool.size <= session.max || !stated, "pool.size", "must not be more than session.max")?;
         for (key, time) in
@@ -470,9 +500,9 @@ impl Layers {
         need(session.queue <= 100_000, "session.queue", "must be at most 100000")?;
         let keys = auth.mode == AuthMode::Keys;
         need(
-            !keys || !auth.keys_file.as_os_str().is_empty(),
-            "auth.keys_file",
-            "must name a file where auth.mode is \"keys\"",
+            keys != auth.keys_file.as_os_str().is_empty(),
+            set(&["auth.keys_file", "auth.mode"]),
+            "auth.keys_file must name a file where auth.mode is \"keys\", and only there",
         )?;
         let aloud = self.place("auth.mode") != "default";
         need(
@@ -482,6 +512,23 @@ impl Layers {
              auth.mode = \"none\" yourself",
         )
     }
+}
+
+/// As in TOML.
+fn literal(value: &Value) -> String {
+    toml::Value::try_from(value).map_or_else(|_| "?".into(), |value| value.to_string())
+}
+
+/// Levels and targets with levels, as `EnvFilter` reads them. A word that it takes for a target, and so for a wish to
+/// hear nothing else, is most likely a level that there is not.
+fn is_log_filter(text: &str) -> bool {
+    let levels = ["off", "error", "warn", "info", "debug", "trace"];
+    let sound = |part: &str| {
+        levels.contains(&part.to_ascii_lowercase().as_str())
+            || part.contains('=')
+            || part.split("::").next() == Some("codesandbox")
+    };
+    text.split(',').map(str::trim).all(sound) && text.parse::<EnvFilter>().is_ok()
 }
 
 /// A service of our name puts CODESANDBOX_PORT…, CODESANDBOX_SERVICE_… into every pod of its namespace.
@@ -542,7 +589,12 @@ mod tests {
             ("limits.memory", "383MiB", "limits.workspace"),
             ("limits.memory", "18EiB", "1PiB"),
             ("server.bodies", "1MiB", "limits.body"),
-            ("limits.memory", "many", ""),
+            ("limits.memory", "many", "limits.memory = \"512MiB\""),
+            ("limits.timeout", "30", "limits.timeout = \"30s\""),
+            ("limits.processes", "\"few\"", "limits.processes = 64"),
+            ("log", "verbose", "off, error, warn"),
+            ("log", "\"info,=,,\"", "off, error, warn"),
+            ("auth.keys_file", "keys", "auth.mode"),
             ("limits.cpus", "0", "0.01"),
             ("limits.processes", "3", "at least 4"),
             ("limits.grace", "0s", "0s"),
@@ -562,6 +614,30 @@ mod tests {
             let message = with(&[(key, value)]).unwrap_err().to_string();
             assert!(message.contains(key.split('.').next_back().unwrap()), "{key}: {message}");
             assert!(message.contains(right), "{key}: {message}");
+        }
+    }
+
+    #[test]
+    fn of_keys_that_do_not_go_together_the_one_that_was_set_is_named() {
+        for (key, value, other) in [
+            ("limits.workspace", "1GiB", "limits.memory"),
+            ("limits.timeout_max", "10s", "limits.timeout"),
+            ("limits.body", "512MiB", "server.bodies"),
+            ("limits.body", "512KiB", "limits.code"),
+            ("auth.mode", "keys", "auth.keys_file"),
+        ] {
+            let message = with(&[(key, value)]).unwrap_err().to_string();
+            assert!(message.contains(&format!("configuration key {key} (command line)")), "{message}");
+            assert!(message.contains(other), "{message}");
+        }
+    }
+
+    #[test]
+    fn log_filters_are_levels_and_targets_with_levels() {
+        for filter in
+            ["info", "WARN", "off", "info,codesandbox::phase=debug", "codesandbox::audit", "hyper=warn"]
+        {
+            assert!(with(&[("log", &format!("\"{filter}\""))]).is_ok(), "{filter}");
         }
     }
 

@@ -10,7 +10,7 @@ use tokio::signal::unix::{SignalKind, signal};
 
 use super::engine::start_runtime;
 use super::serve::prove;
-use super::{Failure, caps, pool_settings, session_settings, stand_apart};
+use super::{Failure, caps, pool_settings, say, session_settings, stand_apart};
 use crate::config::Config;
 use crate::metrics::Metrics;
 use crate::pool::Pool;
@@ -37,6 +37,7 @@ pub(super) struct Arguments {
 pub(super) async fn run(mut config: Config, arguments: Arguments) -> Result<ExitCode, Failure> {
     let Arguments { file, data, timeout } = arguments;
     let code = read(&file)?;
+    let code = code.strip_prefix('\u{feff}').unwrap_or(&code); // as Python reads a file
     crate::server::check_data(&data).map_err(|error| format!("--data: {error}"))?;
     let others = stand_apart(&mut config)?;
     let runtime = start_runtime(&config).await?;
@@ -52,11 +53,12 @@ pub(super) async fn run(mut config: Config, arguments: Arguments) -> Result<Exit
     let (teller, told) = teller();
     let printing = tokio::spawn(print(told));
     let timeout = timeout.unwrap_or(config.limits.timeout);
-    let run = Run { data: &data, teller: Some(&teller), ..Run::new(&code, timeout) };
+    let run = Run { data: &data, teller: Some(&teller), ..Run::new(code, timeout) };
     let (done, interrupted) = run_or_interrupt(&sessions, &run).await?;
     drop(teller);
-    printing.await??;
+    let printed = printing.await?;
     sessions.drain_beside(tokio::time::Instant::now() + config.limits.grace, || others.are_gone()).await;
+    printed?;
     let Some(done) = done else { return Ok(ExitCode::from(INTERRUPTED)) };
     let done = done?;
     for field in &done.aftermath.truncated {
@@ -65,7 +67,7 @@ pub(super) async fn run(mut config: Config, arguments: Arguments) -> Result<Exit
     match &done.outcome {
         Ok(value) if value.get() == "null" => Ok(ExitCode::SUCCESS),
         Ok(value) => {
-            println!("{}", value.get());
+            say(value.get())?;
             Ok(ExitCode::SUCCESS)
         }
         Err(detail) => {

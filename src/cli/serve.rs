@@ -2,6 +2,7 @@
 
 use std::process::ExitCode;
 use std::sync::Arc;
+use std::time::Duration;
 
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use serde_json::json;
@@ -29,6 +30,7 @@ pub(super) async fn serve(config: Config) -> Result<ExitCode, Failure> {
     raise_descriptor_limit();
     let mut signals =
         Signals { terminate: signal(SignalKind::terminate())?, interrupt: signal(SignalKind::interrupt())? };
+    drop(signal(SignalKind::hangup())?); // from here on it ends nobody: see `watched_auth` and `audit_file`
     // Obeyed from the first moment on: the pull of an image may take long.
     let (server, mut background) = tokio::select! {
         started = start(&config) => started?,
@@ -44,7 +46,7 @@ pub(super) async fn serve(config: Config) -> Result<ExitCode, Failure> {
     tracing::info!("stopping: runs may take {:?} to end", config.shutdown.timeout);
     tokio::select! {
         () = serving => {}
-        () = signals.next() => {
+        () = signals.again() => {
             tracing::warn!("stopping at once: what is left on the engine, the next start clears up");
             std::process::exit(1); // waits for nothing
         }
@@ -59,6 +61,9 @@ fn raise_descriptor_limit() {
     let _ = setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum }); // what is left is what there is
 }
 
+/// A person takes longer to press a key again.
+const ECHO: Duration = Duration::from_millis(100);
+
 /// Those that end a server.
 struct Signals {
     terminate: Signal,
@@ -71,6 +76,13 @@ impl Signals {
             _ = self.terminate.recv() => {}
             _ = self.interrupt.recv() => {}
         }
+    }
+
+    /// A second one. What comes along with the first is none: timeout(1) tells the process, then its group.
+    async fn again(&mut self) {
+        let end = tokio::time::Instant::now() + ECHO;
+        while tokio::time::timeout_at(end, self.next()).await.is_ok() {}
+        self.next().await;
     }
 }
 
@@ -111,7 +123,9 @@ fn watched_auth(config: &Config) -> Result<watch::Receiver<Auth>, Failure> {
         return Ok(watch::channel(Auth::Open).1);
     }
     let file = config.auth.keys_file.clone();
-    let (change, auth) = watch::channel(Auth::from_file(&file)?);
+    let keys =
+        Auth::from_file(&file).map_err(|error| format!("{error} (configuration key auth.keys_file)"))?;
+    let (change, auth) = watch::channel(keys);
     let mut hangup = signal(SignalKind::hangup())?;
     let reload = async move {
         while hangup.recv().await.is_some() {

@@ -120,6 +120,47 @@ fn a_stop_lets_the_run_that_goes_on_end_and_leaves_nothing() {
 }
 
 #[test]
+fn a_key_at_the_terminal_ends_no_run() {
+    // Which is a signal to all processes of the foreground.
+    use std::os::unix::process::CommandExt;
+    for signal in [libc::SIGINT, libc::SIGTERM] {
+        let mut command = std::process::Command::new(crate::support::PROGRAM);
+        command.process_group(0);
+        if !is_root() {
+            command.args(["--allow-unenforced", "memory,cpus,uids"]);
+        }
+        let mut server = Server::spawn(command, None);
+        let mut wire = begin(&server, "u", "import time\ntime.sleep(1.2)\nresult = 'in time'");
+        // SAFETY: signals a process group that was made for this server.
+        assert_eq!(unsafe { libc::killpg(server.pid() as i32, signal) }, 0);
+        let answer = wire.answer().expect("the run may end");
+        assert!(answer.body.contains("in time"), "{answer:?}");
+        assert!(server.wait().success());
+    }
+}
+
+#[test]
+fn a_hangup_ends_no_server() {
+    let server = server(&[]);
+    server.signal(libc::SIGHUP);
+    std::thread::sleep(Duration::from_millis(100));
+    assert_eq!(server.run("u", "result = 1")["result"], 1);
+}
+
+#[test]
+fn an_upload_that_takes_its_time_holds_no_stop_up() {
+    let mut server = server(&["--set", "shutdown.timeout=1s"]);
+    server.run("u", "pass");
+    let mut wire = Wire::new(&server);
+    wire.send("PUT /sessions/u/files/f HTTP/1.1\r\nhost: x\r\ncontent-length: 1000\r\n\r\nx");
+    eventually("it is under way", || server.get("/metrics").1.contains("codesandbox_file_transfers 1"));
+    let begun = Instant::now();
+    server.signal(libc::SIGTERM);
+    assert!(server.wait().success());
+    assert!(begun.elapsed() < Duration::from_secs(10), "{:?}", begun.elapsed());
+}
+
+#[test]
 fn a_server_without_a_run_stops_at_once() {
     let mut server = server(&["--set", "pool.size=4"]);
     for user_id in ["a", "b", "c"] {
@@ -178,6 +219,9 @@ fn a_second_signal_ends_it_at_once() {
     let processes = descendants(server.pid());
     server.signal(libc::SIGTERM);
     eventually("it stops", || server.log().contains("stopping"));
+    server.signal(libc::SIGTERM); // an echo of the first
+    std::thread::sleep(Duration::from_millis(200));
+    assert!(!server.has_ended(), "{}", server.log());
     let begun = Instant::now();
     server.signal(libc::SIGTERM);
     assert_eq!(server.wait().code(), Some(1), "{}", server.log());

@@ -208,6 +208,10 @@ impl Server {
         self.stopping.fetch_or(matches!(signal, libc::SIGTERM | libc::SIGINT), Ordering::SeqCst);
     }
 
+    pub(crate) fn has_ended(&mut self) -> bool {
+        self.child.try_wait().unwrap().is_some()
+    }
+
     /// Awaits its exit; gives the status.
     pub(crate) fn wait(&mut self) -> std::process::ExitStatus {
         let begun = Instant::now();
