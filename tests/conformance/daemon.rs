@@ -18,6 +18,7 @@ behaviours! {
     "daemon":
     a_daemon_that_is_stopped_for_a_while,
     a_daemon_that_is_killed_and_started_again,
+    a_daemon_that_is_killed_is_not_missed_by_who_is_talked_to_past_it,
 }
 
 /// Whether a driver's daemon may be stopped and killed.
@@ -96,8 +97,13 @@ fn containers_survive(driver: &Driver) -> bool {
     !driver.is_docker() || std::env::var("ENGINES_LIVE_RESTORE").as_deref() != Ok("false")
 }
 
+/// Whose users are talked to through the engine, as those of one on another host are.
+fn house<'a>(driver: &'a Driver, direct: bool) -> House<'a> {
+    House::new(driver, &["--set", &driver.direct(direct)])
+}
+
 fn a_daemon_that_is_stopped_for_a_while(driver: &Driver) {
-    let house = House::new(driver, &[]);
+    let house = house(driver, false);
     let daemon = Daemon::of(driver);
     std::thread::scope(|scope| {
         let house = &house;
@@ -126,8 +132,31 @@ fn a_daemon_that_is_stopped_for_a_while(driver: &Driver) {
     house.is_at_rest();
 }
 
+fn a_daemon_that_is_killed_is_not_missed_by_who_is_talked_to_past_it(driver: &Driver) {
+    if !containers_survive(driver) {
+        return; // nobody is
+    }
+    let house = house(driver, true);
+    let daemon = Daemon::of(driver);
+    daemon.signal(libc::SIGKILL);
+    eventually("it is dead", || !daemon.is_there());
+    USERS.iter().for_each(|user| house.has_its_file(user));
+    eventually("it says that it is not ready", || !house.is_ready());
+    // There are warm ones, and nobody could be told whose they are.
+    house.asks("n0", "result = 1", 10_000).is_unavailable(Duration::from_secs(10 + 7));
+    start_again(driver);
+    USERS.iter().for_each(|user| house.has_its_file(user));
+    for user in ["n0", "n1", "n2"] {
+        house.write(user);
+        house.has_its_file(user);
+    }
+    eventually("it is ready again", || house.is_ready());
+    assert_eq!(house.lost(), [""; 0]);
+    house.is_at_rest();
+}
+
 fn a_daemon_that_is_killed_and_started_again(driver: &Driver) {
-    let house = House::new(driver, &[]);
+    let house = house(driver, false);
     std::thread::scope(|scope| {
         let house = &house;
         let running = scope.spawn(|| house.asks("a", &sleeping(60), 60_000));

@@ -55,7 +55,7 @@ impl<'a> House<'a> {
         let engine = driver.engine().expect("trouble is for engines with an API");
         let proxy = Proxy::to(engine.socket());
         let url = format!("{}.url=\"unix://{}\"", driver.configured(), proxy.socket().display());
-        let direct = format!("{}.direct={direct}", driver.configured());
+        let direct = driver.direct(direct);
         let house = House::new(driver, &["--set", &url, "--set", &direct]);
         (proxy, house)
     }
