@@ -183,11 +183,20 @@ detached() { # ENGINE COMMAND...
     await "$engine" $!
 }
 
+forget_dead() { # PIDFILE...
+    local file
+    for file; do
+        [ ! -s "$file" ] || grep -q '^State:.[^ZX]' "/proc/$(cat "$file")/status" 2>/dev/null || rm -f "$file"
+    done
+}
+
 # No network of its own, so that it leaves the machine's firewall alone; a file of its own, so that it reads no other.
 # What it makes elsewhere all the same: /etc/docker/key.json and empty directories in /run/docker and /run/containerd.
 configure_docker() { # ENGINE
     local home=$dir/$1
     mkdir -p "$home/tmp" "$home/run"
+    # Of one that was killed: until somebody has collected it, the next takes it for alive.
+    forget_dead "$home/daemon.pid" "$home/exec/containerd/containerd.pid"
     cat >"$home/daemon.json" <<JSON
 {
     "hosts": ["unix://$(socket "$1")"],
