@@ -95,7 +95,8 @@ class Podman:
             "httpproxy": False, "cap_drop": ["ALL"], "no_new_privileges": True, "read_only_filesystem": True,
             "seccomp_profile_path": self.runtime + "/codesandbox-default-seccomp.json", "image_volume_mode": "ignore",
             "mounts": tmpfs, "r_limits": limits, "work_dir": "/workspace", "netns": {"nsmode": "none"},
-            "sysctl": {"net.ipv4.tcp_rmem": "4096 65536 262144", "net.ipv4.tcp_wmem": "4096 65536 262144"},
+            "sysctl": {"net.ipv4.tcp_rmem": "4096 65536 262144", "net.ipv4.tcp_wmem": "4096 65536 262144",
+                       "net.ipv4.tcp_max_tw_buckets": "0", "net.ipv4.igmp_max_memberships": "1"},
             "ipcns": private, "pidns": private, "utsns": private, "cgroupns": private,
             "oom_score_adj": 500, "use_image_resolve_conf": True, "log_configuration": {"driver": "none"},
         }

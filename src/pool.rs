@@ -178,6 +178,11 @@ impl Pool {
         ledger.is_silent() || (ledger.is_failing() && ledger.warm() == 0)
     }
 
+    /// The engine has answered.
+    pub fn heard(&self) {
+        self.0.ledger().heard();
+    }
+
     /// A call to the engine has failed: one that does not answer is asked for nothing new for a moment.
     pub fn note(&self, error: &runtime::Error) {
         if matches!(error, runtime::Error::Unavailable { .. }) {
@@ -283,7 +288,7 @@ impl Pool {
     pub async fn list(&self) -> runtime::Result<Vec<Found>> {
         let listed = self.runtime().list().await;
         match &listed {
-            Ok(_) => self.0.ledger().heard(),
+            Ok(_) => self.heard(),
             Err(error) => {
                 self.0.engine.failed("list", error.reason());
                 self.note(error);

@@ -3,12 +3,13 @@
 
     cargo build --release && tests/engines.sh run benches/compare/run.sh [--quick] [--only NAME]...
 
-All contenders are up at once and take turns in each round, every second one backwards. A p50 is the median over the
+All contenders are up at once and take turns at each measure of each round, every second one backwards. A p50 is the median over the
 rounds, with the least and the most of them in parentheses; p90 and p99 are of all runs of all rounds (p99 of fewer than
 100 runs is the slowest). "x floor" is the ratio to the floor's in the same round, told alike. The memory of an idle
 session is PSS, with the container's shim or conmon where it has one. The client is the same for all: threads of this
 program, which share the cores with what they measure.
-A full run draws figures/compare.svg, too. Root, on Debian 12.
+A full run draws figures/compare.svg, too, unless a contender could not be started, which fails. Last come the ratios
+that this project has set itself as goals. Root, on Debian 12.
 """
 
 import argparse, os, platform, shutil, signal, subprocess, sys, threading, time
@@ -76,7 +77,7 @@ class Outcome:
             function(self, *arguments)
         except (Exception, SystemExit) as error:
             self.failed[measure] = told(error)
-            if measure == "start":
+            if measure in ("start", "users"):
                 self.reason = self.failed.pop(measure)
             say("%s: %s: %s" % (self.contender.name, measure, told(error)))
 
@@ -254,15 +255,20 @@ def settle(outcome):
     outcome.contender.settle()
 
 
-def one_round(outcome, amounts):
-    contender = outcome.contender
-    outcome.attempt("paced", warm, "paced", PAUSE_S, amounts)
-    outcome.attempt("back to back", warm, "back to back", 0, amounts)
-    outcome.attempt("cold", first, "cold", contender.cold_user, amounts)
-    outcome.attempt("pooled", first, "pooled", contender.pooled_user, amounts)
-    outcome.attempt("settle", settle)  # what the last of the pooled has taken is made again
+def one_round(outcomes, amounts):
+    """Measure by measure, so that what is compared is seconds apart."""
+    for outcome in outcomes:
+        outcome.attempt("paced", warm, "paced", PAUSE_S, amounts)
+    for outcome in outcomes:
+        outcome.attempt("back to back", warm, "back to back", 0, amounts)
+    for outcome in outcomes:
+        outcome.attempt("cold", first, "cold", outcome.contender.cold_user, amounts)
+    for outcome in outcomes:
+        outcome.attempt("pooled", first, "pooled", outcome.contender.pooled_user, amounts)
+        outcome.attempt("settle", settle)  # what the last of the pooled has taken is made again
     for count in USERS:
-        outcome.attempt("%d users" % count, rate, count, amounts)
+        for outcome in outcomes:
+            outcome.attempt("%d users" % count, rate, count, amounts)
 
 
 # --- Telling it
@@ -383,6 +389,31 @@ def tell(outcomes, amounts):
     sys.stdout.flush()
 
 
+GOALS = (
+    ("codesandbox, docker", "floor", "paced", "<=", 1.3),
+    ("codesandbox, docker", "floor", "back to back", "<=", 1.5),
+    ("docker exec", "codesandbox, docker", "paced", ">=", 100),
+    ("codesandbox, embedded", "floor", "paced", "<=", 1.4),
+    ("codesandbox, embedded", "floor", "back to back", "<=", 1.4),
+)
+
+
+def tell_goals(outcomes):
+    """The p50 of one contender to that of another, as the median over the rounds."""
+    named = {outcome.contender.name: outcome for outcome in outcomes}
+    rows = []
+    for name, other, measure, sign, goal in GOALS:
+        ours, theirs = (p50s(named[one], measure) if one in named else [] for one in (name, other))
+        if not ours or not theirs:
+            continue
+        found = median([one / its for one, its in zip(ours, theirs)])
+        met = found <= goal if sign == "<=" else found >= goal
+        rows.append(["%s to %s, %s" % (name, other, measure), ratio(ours, theirs), "%s %g" % (sign, goal),
+                     "met" if met else "MISSED"])
+    if rows:
+        table("Goals", ["", "ratio of the p50s", "goal", ""], rows)
+
+
 def panels(outcomes, amounts):
     """What the figure shows: for each contender a line from the least to the most, and points on it."""
     found = {title: {} for title in ("warm", "rates", "first", "burst", "memory")}
@@ -419,12 +450,11 @@ def measure_all(outcomes, amounts):
     for outcome in outcomes:
         say(outcome.contender.name + ": %d new users at once" % amounts.burst)
         outcome.attempt("burst", burst, amounts.burst)
-        outcome.attempt("start", make_users)
+        outcome.attempt("users", make_users)
         outcome.attempt("probe", probe)
     for number in range(amounts.rounds):
-        for outcome in outcomes[:: -1 if number % 2 else 1]:
-            say("round %d of %d: %s" % (number + 1, amounts.rounds, outcome.contender.name))
-            one_round(outcome, amounts)
+        say("round %d of %d" % (number + 1, amounts.rounds))
+        one_round(outcomes[:: -1 if number % 2 else 1], amounts)
     for outcome in outcomes:
         outcome.attempt("remark", remark)
 
@@ -471,9 +501,12 @@ def main():
     finally:
         stop_all(outcomes)
     tell(outcomes, amounts)
+    tell_goals(outcomes)
+    if missing := [outcome.contender.name for outcome in outcomes if outcome.reason]:
+        sys.exit("not started, so nothing is drawn: " + ", ".join(missing))
     if figures := arguments.figures or (os.path.join(HERE, "figures") if full else None):
         names = [outcome.contender.name for outcome in outcomes if not outcome.reason]
-        plot.draw(os.path.join(figures, "compare.svg"), names, panels(outcomes, amounts))
+        plot.draw(os.path.join(figures, "compare.svg"), names, panels(outcomes, amounts), circumstances())
     say("done")
 
 

@@ -310,12 +310,12 @@ class Bubblewrap(Contender):
 
 
 class CodesandboxUser(User):
-    def __init__(self, server, name):
-        self.server, self.name = server, name
+    def __init__(self, server, name, mode):
+        self.server, self.name, self.mode = server, name, mode
         self.connect()
 
     def connect(self):
-        self.client = Client(self.server, self.name)
+        self.client = Client(self.server, self.name, mode=self.mode)
         self.client.socket.settimeout(ANSWER_S)
 
     def wake(self):
@@ -324,7 +324,7 @@ class CodesandboxUser(User):
 
     def answer(self, code, data):
         connection = http.client.HTTPConnection(*self.server.address, timeout=ANSWER_S)
-        connection.request("POST", "/run", json.dumps({"user_id": self.name, "code": code, "data": data}))
+        connection.request("POST", "/run", json.dumps({"user_id": self.name, "mode": self.mode, "code": code, "data": data}))
         answer = json.loads(connection.getresponse().read())
         connection.close()
         assert "error" not in answer, answer
@@ -342,9 +342,9 @@ class Codesandbox(Contender):
     isolation = "namespaces for each user, an unprivileged uid, no capabilities, its own seccomp profile, " \
         "a read-only root, no network; limits on memory, processes, CPU, files"
 
-    def __init__(self, driver):
-        self.driver_class = driver
-        self.name = "codesandbox, " + driver.name
+    def __init__(self, driver, mode="fresh"):
+        self.driver_class, self.mode = driver, mode
+        self.name = "codesandbox, " + driver.name + (" (kernel mode)" if mode == "kernel" else "")
         self.servers = []
 
     def start(self):
@@ -357,7 +357,7 @@ class Codesandbox(Contender):
     def serve(self, name, pool):
         # In a session of its own: Ctrl-C reaches it once, by `stop`, and so it can remove its sandboxes.
         server = Server(
-            *self.driver.flags, "--instance", "compare-%s-%s" % (OURS, name), "--set", "pool.size=%d" % pool,
+            *self.driver.flags, "--instance", "compare-%s-%s-%s" % (OURS, self.mode, name), "--set", "pool.size=%d" % pool,
             "--set", "embedded.python=" + PYTHON, "--set", "session.idle_timeout=1h",
             prefix=("setsid", *self.driver.prefix),
         )
@@ -365,12 +365,12 @@ class Codesandbox(Contender):
         return server
 
     def user(self, name):
-        return CodesandboxUser(self.warm, name)
+        return CodesandboxUser(self.warm, name, self.mode)
 
     pooled_user = user
 
     def cold_user(self, name):
-        return CodesandboxUser(self.cold, name)
+        return CodesandboxUser(self.cold, name, self.mode)
 
     def settle(self):
         settle(self.warm, POOL)
@@ -378,15 +378,15 @@ class Codesandbox(Contender):
     def remark(self, user):
         layers = json.loads(call(self.warm, "GET", "/capabilities"))["layers"]
         missing = ", ".join(layer["name"] for layer in layers if layer["state"] != "on")
-        return "fresh runs; a pool of %d for the pooled and the burst, none for the cold; not enforced here: %s" % (
-            POOL, missing or "nothing"
+        return "%s runs; a pool of %d for the pooled and the burst, none for the cold; not enforced here: %s" % (
+            self.mode, POOL, missing or "nothing"
         )
 
     def idle_pids(self, users):
         """All of the server that has no pool: nobody else is there."""
         if self.driver.name == "embedded":
             return self.cold.sandbox_pids()
-        pids = self.driver.engine.pids("compare-%s-cold" % OURS)
+        pids = self.driver.engine.pids("compare-%s-%s-cold" % (OURS, self.mode))
         assert len(pids) == len(users), "%d containers of %d users" % (len(pids), len(users))
         return memory.below(pids, keeper=True)
 
@@ -398,4 +398,5 @@ def contenders():
     from jupyter import Jupyter
 
     ours = [Codesandbox(driver) for driver in (Embedded, Docker, Podman)]
+    ours.insert(1, Codesandbox(Embedded, "kernel"))
     return [TheFloor(), *ours, Bubblewrap(), Jupyter(), LlmSandbox(), DockerExec()]

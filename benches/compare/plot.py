@@ -2,7 +2,7 @@
 
 import html, math, os
 
-NAMES, WIDTH, GAP = 180, 190, 22  # of the column of names, of a panel, and between two of them
+NAMES, WIDTH, GAP = 250, 190, 22  # of the column of names, of a panel, and between two of them
 TOP, ROW, BOTTOM = 58, 28, 44
 STYLE = """
 text { font: 12px system-ui, sans-serif; fill: #333 }
@@ -32,7 +32,7 @@ class Panel:
         return WIDTH * (math.log10(value) - self.low) / (self.high - self.low)
 
 
-def draw(path, names, panels):
+def draw(path, names, panels, of):
     height = TOP + ROW * len(names) + BOTTOM
     width = NAMES + (WIDTH + GAP) * len(panels)
     parts = []
@@ -41,7 +41,8 @@ def draw(path, names, panels):
     for column, panel in enumerate(panels):
         parts.append('<g transform="translate(%d 0)">' % (NAMES + (WIDTH + GAP) * column))
         parts += [*axis(panel, len(names)), *marks(panel, names), "</g>"]
-    parts.append(text(NAMES, height - 6, "Logarithmic scales; the number beside a line is its first point.", "small"))
+    told = "Logarithmic scales; the number beside a line is its first point. %s" % html.escape(of)
+    parts.append(text(0, height - 6, told, "small"))
     write(path, width, height, parts)
 
 

@@ -140,7 +140,9 @@ impl Client {
                 && self.answer.len() >= head + length
             {
                 let answer = String::from_utf8_lossy(&self.answer[..head]);
-                assert!(answer.starts_with("HTTP/1.1 200"), "{}", String::from_utf8_lossy(&self.answer));
+                let well =
+                    answer.starts_with("HTTP/1.1 200") && !self.answer[head..].starts_with(br#"{"error""#);
+                assert!(well, "{}", String::from_utf8_lossy(&self.answer));
                 return &self.answer[head..];
             }
         }

@@ -285,20 +285,21 @@ impl Claimed {
         Kept { since, naming, lease, counted }
     }
 
-    /// Waits until the engine has heard whose it is: from then on a later server finds it.
+    /// Waits until the engine has heard whose it is: from then on a later server finds it. Whether it was asked now.
     ///
     /// # Errors
     /// Where the engine could not be told: nothing that is in it would outlive this server.
-    pub async fn is_named(&mut self) -> runtime::Result<()> {
-        let Some(naming) = &mut self.naming else { return Ok(()) };
+    pub async fn is_named(&mut self) -> runtime::Result<bool> {
+        let Some(naming) = &mut self.naming else { return Ok(false) };
         naming.now.notify_one();
-        let Some(heard) = &mut naming.heard else { return Ok(()) };
+        let Some(heard) = &mut naming.heard else { return Ok(false) };
         let named = heard.await; // a caller who goes away here leaves the question to the next one
         if let Some(naming) = &mut self.naming {
             naming.heard = None;
         }
-        named.unwrap_or_else(|panic| {
+        let named = named.unwrap_or_else(|panic| {
             Err(runtime::Error::Failed { what: "claim".into(), source: std::io::Error::other(panic) })
-        })
+        });
+        named.map(|()| true)
     }
 }

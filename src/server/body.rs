@@ -11,7 +11,7 @@ use unicode_normalization::UnicodeNormalization;
 
 use super::Settings;
 use super::error::Error;
-use crate::supervisor::{MAX_JSON_DEPTH, Mode, Narrowed, json_depth};
+use crate::supervisor::{MAX_JSON_DEPTH, Mode, Narrowed, is_nested_too_deeply};
 
 /// Less than this, and Python itself has no room to fail.
 const MEMORY_MIN_BYTES: u64 = 1 << 20;
@@ -178,7 +178,7 @@ pub(super) fn check_data(raw: &RawValue) -> Result<&str, Error> {
     if !raw.get().starts_with('{') {
         return Err(Error::invalid("data", "must be an object"));
     }
-    if json_depth(raw.get()) > MAX_JSON_DEPTH {
+    if is_nested_too_deeply(raw.get()) {
         return Err(Error::invalid(
             "data",
             format!("must not be nested deeper than {MAX_JSON_DEPTH} levels"),

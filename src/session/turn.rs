@@ -111,8 +111,17 @@ impl Turn {
     /// Before an answer: what it acknowledges has to be there after a restart, too.
     pub(super) async fn is_named(&mut self) -> Result<(), Error> {
         let Some(claimed) = self.seat().claimed.as_mut() else { return Ok(()) };
-        let Err(error) = claimed.is_named().await else { return Ok(()) };
-        self.place().sessions.0.pool.note(&error);
+        let named = claimed.is_named().await;
+        let pool = &self.place().sessions.0.pool;
+        let error = match named {
+            Ok(false) => return Ok(()),
+            Ok(true) => {
+                pool.heard();
+                return Ok(());
+            }
+            Err(error) => error,
+        };
+        pool.note(&error);
         let session = self.place().session.clone();
         tracing::warn!(session = %session.key, %error, "cannot claim a sandbox");
         self.give_up_sandbox();

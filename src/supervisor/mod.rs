@@ -29,7 +29,7 @@ pub use protocol::Violation;
 use protocol::{Answer, Frame, Request};
 use report::Asked;
 pub use report::{
-    Aftermath, Artifact, ErrorDetail, ErrorKind, Field, MAX_JSON_DEPTH, Outcome, Report, json_depth,
+    Aftermath, Artifact, ErrorDetail, ErrorKind, Field, MAX_JSON_DEPTH, Outcome, Report, is_nested_too_deeply,
 };
 pub use teller::{Follower, Teller, Told, teller};
 

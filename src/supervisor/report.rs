@@ -316,6 +316,9 @@ struct Extras {
 impl Extras {
     /// None for what no supervisor of ours would have passed on.
     fn parse(payload: &[u8]) -> Extras {
+        if payload.is_empty() {
+            return Extras::default(); // as of most runs
+        }
         serde_json::from_slice(payload).unwrap_or_default()
     }
 }
@@ -421,11 +424,18 @@ fn stopped_by(stopped: Stopped, told: Option<Told>, asked: Asked) -> ErrorDetail
 fn result(payload: &[u8]) -> Option<Box<RawValue>> {
     let text = std::str::from_utf8(payload).ok()?;
     let value: Box<RawValue> = serde_json::from_str(text).ok()?;
-    (json_depth(value.get()) <= MAX_JSON_DEPTH).then_some(value)
+    (!is_nested_too_deeply(value.get())).then_some(value)
 }
 
-/// How deep a valid JSON text is nested; a number alone is 0.
-pub fn json_depth(text: &str) -> usize {
+/// Whether a valid JSON text is nested deeper than `MAX_JSON_DEPTH`.
+pub fn is_nested_too_deeply(text: &str) -> bool {
+    // Most have fewer brackets than that, and counting takes a tenth of the time.
+    let opening = text.bytes().filter(|byte| matches!(byte, b'[' | b'{')).count();
+    opening > MAX_JSON_DEPTH && json_depth(text) > MAX_JSON_DEPTH
+}
+
+/// A number alone is 0.
+fn json_depth(text: &str) -> usize {
     let (mut depth, mut deepest, mut in_string, mut escaped) = (0_usize, 0, false, false);
     for byte in text.bytes() {
         match byte {
@@ -556,5 +566,10 @@ mod tests {
         {
             assert_eq!(json_depth(text), depth, "{text}");
         }
+        for (depth, too_deep) in [(MAX_JSON_DEPTH, false), (MAX_JSON_DEPTH + 1, true)] {
+            let nested = "[".repeat(depth) + &"]".repeat(depth);
+            assert_eq!(is_nested_too_deeply(&nested), too_deep, "{depth}");
+        }
+        assert!(!is_nested_too_deeply(&"[],".repeat(1000)), "wide is not deep");
     }
 }

@@ -9,6 +9,7 @@ behaviours! {
     "aftermath":
     what_a_run_buries_in_sockets_is_gone,
     a_port_is_free_again,
+    everybodys_directories_are_open_again,
     descriptor_0_is_each_runs_own,
     a_kernel_run_spoils_no_fresh_one_that_follows,
     a_lack_of_memory_takes_runs_first_whoever_was_killed_before,
@@ -61,6 +62,15 @@ fn a_port_is_free_again(driver: &Driver) {
         result(&server, &u, "import socket\nsocket.socket().bind(('127.0.0.1', 8123))\nresult = 2"),
         2
     );
+}
+
+fn everybodys_directories_are_open_again(driver: &Driver) {
+    let (server, u) = driver.server(&[]);
+    let close = "import os\nfor path in ('/tmp', '/dev/shm', '/workspace'):\n try: os.chmod(path, 0)\n except PermissionError: pass";
+    result(&server, &u, close);
+    let write =
+        "for path in ('/tmp', '/dev/shm', '/workspace'): open(path + '/f', 'w').write('x')\nresult = 1";
+    assert_eq!(result(&server, &u, write), 1);
 }
 
 fn descriptor_0_is_each_runs_own(driver: &Driver) {

@@ -2,7 +2,7 @@
 //!
 //! A fifth driver is a line of `NAMES` and an arm of `Driver::find`; no behaviour is edited.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::ffi::OsString;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::process::CommandExt;
@@ -35,6 +35,9 @@ const LEFT: Duration = Duration::from_secs(20);
 
 /// Servers that ended badly, and what they left behind: told, and failed for, after all trials.
 static COMPLAINTS: Mutex<Vec<String>> = Mutex::new(Vec::new());
+
+/// Drivers that go on, by the engine that they use.
+static USERS_OF_ENGINES: Mutex<BTreeMap<String, usize>> = Mutex::new(BTreeMap::new());
 
 pub(crate) fn complaints() -> Vec<String> {
     COMPLAINTS.lock().unwrap_or_else(PoisonError::into_inner).clone()
@@ -97,7 +100,15 @@ impl Driver {
             "podman5" => podman("TEST_PODMAN5_HOST")?,
             other => unreachable!("{other} is not in NAMES"),
         };
-        Ok(Driver { name, kind, shared: Mutex::default(), program: copy_of_the_program() })
+        let driver = Driver { name, kind, shared: Mutex::default(), program: copy_of_the_program() };
+        if let Some(engine) = driver.engine() {
+            *USERS_OF_ENGINES
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner)
+                .entry(engine.url())
+                .or_insert(0) += 1;
+        }
+        Ok(driver)
     }
 
     /// As a configuration and an answer name it.
@@ -246,6 +257,16 @@ impl Driver {
         self.limits_memory()
     }
 
+    /// Whether a driver that goes on uses the same engine, whose sandboxes are not told from ours. Not any more, from now
+    /// on.
+    fn shares_its_engine(&self) -> bool {
+        let Some(engine) = self.engine() else { return false };
+        let mut users = USERS_OF_ENGINES.lock().unwrap_or_else(PoisonError::into_inner);
+        let count = users.get_mut(&engine.url()).expect("each driver is counted from its begin");
+        *count -= 1;
+        *count > 0
+    }
+
     /// What is left of this run's sandboxes.
     fn leftovers(&self) -> Vec<String> {
         let ours = instance_prefix();
@@ -269,6 +290,9 @@ impl Drop for Driver {
             if catch_unwind(AssertUnwindSafe(|| drop(server))).is_err() {
                 complain(format!("{}: a server did not end well", self.name));
             }
+        }
+        if self.shares_its_engine() {
+            return; // with one that looks when it goes
         }
         let begun = Instant::now();
         while !self.leftovers().is_empty() && begun.elapsed() < LEFT {

@@ -215,6 +215,7 @@ fn a_server_that_is_stopped_twice_costs_no_session_its_files(driver: &Driver) {
     eventually("it runs", || server.get("/sessions/a").1.contains("running"));
     server.signal(libc::SIGTERM);
     eventually("it stops", || server.log().contains("stopping"));
+    std::thread::sleep(Duration::from_millis(200)); // sooner it would be an echo of the first
     server.signal(libc::SIGTERM);
     assert_eq!(server.wait().code(), Some(1), "{}", server.log());
     let server = start(driver, &instance);

@@ -34,7 +34,18 @@ def listing(root, most):
 
 def directory(path, now, most):
     """The first lines of one directory, and its subdirectories' names. Describing is what takes time."""
-    with os.scandir(path) as entries:
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        # A kernel's thread may put symlinks on the way meanwhile, and this process sees what no guest may.
+        if os.readlink("/proc/self/fd/%d" % fd) != path:
+            raise NotADirectoryError(path)
+        return rows_of(fd, now, most)
+    finally:
+        os.close(fd)
+
+
+def rows_of(fd, now, most):
+    with os.scandir(fd) as entries:
         entries = sorted((e for e in entries if not e.name.startswith(".")), key=lambda e: os.fsencode(e.name))
     rows, below, blocks = [], [], 0
     for entry in entries:
@@ -44,7 +55,7 @@ def directory(path, now, most):
             continue
         blocks += status.st_blocks
         if len(rows) < most:
-            rows.append(describe(entry, status, now))
+            rows.append(describe(fd, entry, status, now))
         if _stat.S_ISDIR(status.st_mode):
             below.append(entry.name)
     lines = ["total %d" % ((blocks + 1) // 2)]
@@ -58,11 +69,11 @@ def directory(path, now, most):
     return lines, below
 
 
-def describe(entry, status, now):
+def describe(fd, entry, status, now):
     name = escape(entry.name)
     if entry.is_symlink():
         try:
-            name += " -> " + escape(os.readlink(entry.path))
+            name += " -> " + escape(os.readlink(entry.name, dir_fd=fd))
         except OSError:
             pass
     owner = USERS.get(status.st_uid, str(status.st_uid))
