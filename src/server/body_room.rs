@@ -23,8 +23,8 @@ impl BodyRoom {
         BodyRoom(Semaphore::new(bytes.div_ceil(UNIT_BYTES).min(Semaphore::MAX_PERMITS)))
     }
 
-    /// Reads a body, and waits for room where more has come than it has; the room is given back with the permit. What
-    /// was announced and has not come takes none.
+    /// Reads a body. One that turns out to be large waits for room, for all of it at once, since several that have a
+    /// part of theirs each would wait for each other; the room is given back with the permit.
     pub(super) async fn read(
         &self,
         body: Incoming,
@@ -37,25 +37,27 @@ impl BodyRoom {
         }
         let mut room = self.0.try_acquire_many(0).map_err(|_| Error::Overloaded)?;
         let mut waits = false;
-        let all = self.collect(body, announced.unwrap_or(0), most, &mut room, &mut waits);
-        let all = tokio::time::timeout(settings.body_timeout, all).await;
-        match all {
-            Ok(body) => Ok((body?, room)),
-            Err(_) if waits => Err(Error::Overloaded),
-            Err(_) => Err(Error::RequestTimeout(settings.body_timeout)),
-        }
+        let all = self.collect(body, announced, most, &mut room, &mut waits);
+        let body = match tokio::time::timeout(settings.body_timeout, all).await {
+            Ok(body) => body?,
+            Err(_) if waits => return Err(Error::Overloaded),
+            Err(_) => return Err(Error::RequestTimeout(settings.body_timeout)),
+        };
+        // One that did not announce its length had room for the longest.
+        drop(room.split(room.num_permits().saturating_sub(units(body.len()))));
+        Ok((body, room))
     }
 
     /// Into one buffer of the announced length: a large one goes back to the system as a whole.
     async fn collect<'a>(
         &'a self,
         mut body: Incoming,
-        announced: usize,
+        announced: Option<usize>,
         most: usize,
         room: &mut SemaphorePermit<'a>,
         waits: &mut bool,
     ) -> Result<Bytes, Error> {
-        let mut bytes = BytesMut::with_capacity(announced);
+        let mut bytes = BytesMut::with_capacity(announced.unwrap_or(0));
         while let Some(frame) = body.frame().await {
             let frame = frame.map_err(|error| Error::invalid("the body", format!("broke off: {error}")))?;
             let Ok(data) = frame.into_data() else { continue }; // trailers
@@ -63,17 +65,21 @@ impl BodyRoom {
             if length > most {
                 return Err(too_large(most));
             }
-            let lacks = length.saturating_sub(SMALL_BYTES).div_ceil(UNIT_BYTES) - room.num_permits();
-            if lacks > 0 {
+            if length > SMALL_BYTES && room.num_permits() == 0 {
                 *waits = true;
-                let more = self.0.acquire_many(u32::try_from(lacks).unwrap_or(u32::MAX)).await;
-                room.merge(more.map_err(|_| Error::Overloaded)?);
+                let wanted = u32::try_from(units(announced.unwrap_or(most))).unwrap_or(u32::MAX);
+                room.merge(self.0.acquire_many(wanted).await.map_err(|_| Error::Overloaded)?);
                 *waits = false;
             }
             bytes.extend_from_slice(&data);
         }
         Ok(bytes.freeze())
     }
+}
+
+/// Beyond what a body may have without room.
+fn units(length: usize) -> usize {
+    length.saturating_sub(SMALL_BYTES).div_ceil(UNIT_BYTES)
 }
 
 fn too_large(limit: usize) -> Error {
