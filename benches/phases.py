@@ -4,7 +4,8 @@
     cargo build --release && python3 benches/phases.py [--runs 60] [--pause 0.01]
 
 Needs root and `perf` (Debian: linux-perf), whose record of every system call and task switch makes all of it about a
-fifth longer. Prints medians, in microseconds, as the table of the README.
+fifth longer. Prints medians, in microseconds, as the table of the README. First, without perf, what CPU time a run takes
+where one follows the other, by process.
 """
 
 import argparse, os, re, statistics, subprocess, tempfile, time
@@ -86,6 +87,32 @@ def marks(events, sent, me, server, first_process, forker):
     return list(zip([sent, *ends[:6], killed[0], gone[0]], ends))
 
 
+def cpu_times(server, first_process, forker):
+    """Milliseconds that each has used so far; of the interpreters, those that have ended."""
+
+    def used(path):
+        with open(path + "/schedstat") as file:
+            return int(file.read().split()[0]) / 1e6
+
+    threads = "/proc/%d/task" % server.process.pid
+    return {
+        "the interpreters": server.runs_cost()[1] * 1000,
+        "the forker": used("/proc/%d" % forker),
+        "PID 1": used("/proc/%d" % first_process),
+        "the server": sum(used(threads + "/" + task) for task in os.listdir(threads)),
+    }
+
+
+def tell_cpu(server, client, first_process, forker, runs):
+    before = cpu_times(server, first_process, forker)
+    for _ in range(runs):
+        client.run()
+    now = cpu_times(server, first_process, forker)
+    spent = {name: (now[name] - before[name]) / runs for name in now}
+    parts = ", ".join("%s %.2f" % item for item in spent.items())
+    print("CPU time of a run, in ms: %s; %.2f in all (%d runs)" % (parts, sum(spent.values()), runs))
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=60)
@@ -99,6 +126,7 @@ def main():
             time.sleep(0.005)
         tasks = {int(task) for task in os.listdir("/proc/%d/task" % server.process.pid)}
         first_process, forker, _ = server.sandbox_pids()
+        tell_cpu(server, client, first_process, forker, 20 * options.runs)
         events = trace(server, client, options.runs, options.pause)
     finally:
         server.stop()
