@@ -352,12 +352,11 @@ impl Layers {
         if key.is_empty() {
             return Error(format!("{place}: {what}")); // no TOML at all
         }
-        let right = match Layers(Figment::from(Toml::string(DEFAULTS))).0.find_value(&key) {
-            Ok(value) if !matches!(error.kind, Kind::UnknownField(..)) => {
-                format!("; of the right kind is {key} = {}", literal(&value))
-            }
-            _ => String::new(),
-        };
+        // There is none for a key that there is not.
+        let right = Figment::from(Toml::string(DEFAULTS)).find_value(&key).map_or_else(
+            |_| String::new(),
+            |value| format!("; of the right kind is {key} = {}", literal(&value)),
+        );
         Error(format!("configuration key {key} ({place}): {what}{right}"))
     }
 

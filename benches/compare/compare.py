@@ -3,9 +3,9 @@
 
     cargo build --release && tests/engines.sh run benches/compare/run.sh [--quick] [--only NAME]...
 
-All contenders are up at once and take turns at each measure of each round, every second one backwards. A p50 is the median over the
-rounds, with the least and the most of them in parentheses; p90 and p99 are of all runs of all rounds (p99 of fewer than
-100 runs is the slowest). "x floor" is the ratio to the floor's in the same round, told alike. The memory of an idle
+All contenders are up at once and take turns at each measure of each round, every second one backwards. A p50 is the
+median over the rounds, with the least and the most of them in parentheses; p90 and p99 are of all runs of all rounds
+(p99 of fewer than 100 runs is the slowest). "x floor" is the ratio to the floor's in the same round, told alike. The memory of an idle
 session is PSS, with the container's shim or conmon where it has one. The client is the same for all: threads of this
 program, which share the cores with what they measure.
 A full run draws figures/compare.svg, too, unless a contender could not be started, which fails. Last come the ratios
@@ -21,7 +21,7 @@ import measure
 import memory
 import plot
 from contenders import contenders, in_parallel
-from measure import median
+from measure import median, verdict
 from pool import percentile_ms
 
 USERS = (1, 8, 32)  # at once, of the rates
@@ -407,11 +407,9 @@ def tell_goals(outcomes):
         if not ours or not theirs:
             continue
         found = median([one / its for one, its in zip(ours, theirs)])
-        met = found <= goal if sign == "<=" else found >= goal
-        rows.append(["%s to %s, %s" % (name, other, measure), ratio(ours, theirs), "%s %g" % (sign, goal),
-                     "met" if met else "MISSED"])
+        rows.append(["%s to %s, %s" % (name, other, measure), ratio(ours, theirs), verdict(found, sign, goal)])
     if rows:
-        table("Goals", ["", "ratio of the p50s", "goal", ""], rows)
+        table("Goals", ["", "ratio of the p50s", "goal"], rows)
 
 
 def panels(outcomes, amounts):
