@@ -11,6 +11,7 @@ behaviours! {
     "kernel":
     variables_imports_functions_and_the_directory_stay,
     fresh_runs_and_kernel_runs_mix,
+    a_kernel_outlives_each_of_many_fresh_runs,
     the_last_expression_is_the_result_where_none_was_assigned,
     an_earlier_result_can_be_read_and_is_not_the_answer,
     what_json_has_not_is_shown_and_no_failure,
@@ -23,6 +24,7 @@ behaviours! {
     a_timeout_that_is_not_obeyed_loses_the_kernel_and_no_file,
     an_exit_loses_the_kernel_only_where_it_ends_the_process,
     a_kernel_that_is_killed_between_runs_is_told_lost_once,
+    a_kernel_that_dies_before_it_has_read_a_run_is_replaced_for_it,
     a_kernel_out_of_memory_is_told_so,
     threads_live_on_and_what_they_print_comes_with_the_next_answer,
     what_is_printed_between_runs_is_bounded,
@@ -61,6 +63,17 @@ fn fresh_runs_and_kernel_runs_mix(driver: &Driver) {
     assert_eq!(fresh["result"], json!(["kernel", false]), "{fresh}");
     server.run(&u, "open('f', 'w').write('fresh'); x = 2");
     assert_eq!(kernel(&server, &u, "[open('f').read(), x]")["result"], json!(["fresh", 1]));
+}
+
+fn a_kernel_outlives_each_of_many_fresh_runs(driver: &Driver) {
+    let (server, u) = driver.server(&[]);
+    kernel(&server, &u, "n = 0");
+    for round in 1..=60 {
+        let fresh = server.run(&u, "result = 'n' in globals()");
+        assert_eq!(fresh["result"], false, "{fresh}");
+        let answer = kernel(&server, &u, "n += 1; n");
+        assert_eq!(answer["result"], round, "{answer}");
+    }
 }
 
 fn the_last_expression_is_the_result_where_none_was_assigned(driver: &Driver) {
@@ -258,6 +271,17 @@ fn a_kernel_that_is_killed_between_runs_is_told_lost_once(driver: &Driver) {
     assert!(kernel(&server, &u, "1").get("session").is_none());
 }
 
+fn a_kernel_that_dies_before_it_has_read_a_run_is_replaced_for_it(driver: &Driver) {
+    let (server, u) = driver.server(&[]);
+    let code = "import subprocess, sys, os\nx = subprocess.Popen([sys.executable, '-c', 'import os, time\\n\
+                time.sleep(0.3); os.kill(%d, 19); time.sleep(1); os.kill(%d, 9)' % (os.getpid(), os.getpid())])";
+    assert!(kernel(&server, &u, code).get("error").is_none());
+    std::thread::sleep(Duration::from_millis(700)); // it is stopped by now
+    let answer = kernel(&server, &u, "open('log', 'a').write('1'); 1");
+    assert_eq!((&answer["result"], &answer["session"]), (&json!(1), &json!("kernel_lost")), "{answer}");
+    assert_eq!(kernel(&server, &u, "open('log').read()")["result"], "1");
+}
+
 fn a_kernel_out_of_memory_is_told_so(driver: &Driver) {
     let (server, u) = driver.server(&[
         "--set",
@@ -323,9 +347,10 @@ fn processes_of_a_kernel_outlive_fresh_runs_and_those_of_fresh_runs_do_not(drive
     let fresh = "import subprocess, sys, os\n\
                  q = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'], start_new_session=True)\n\
                  result = q.pid";
-    let pid = server.run(&u, fresh)["result"].clone();
-    let code = format!("import os\n[p.poll(), os.path.exists('/proc/{pid}')]");
-    assert_eq!(kernel(&server, &u, &code)["result"], json!([null, false]));
+    let fresh = server.run(&u, fresh);
+    let code = format!("import os\n[p.poll(), os.path.exists('/proc/{}')]", fresh["result"]);
+    let answer = kernel(&server, &u, &code);
+    assert_eq!(answer["result"], json!([null, false]), "{fresh} {answer}");
     let bomb = server.run_with(
         &u,
         "import os\nwhile True:\n    try: os.fork()\n    except OSError: pass",

@@ -7,6 +7,7 @@ class Capture:
     def __init__(self, fd, cap, tell=None):
         self.fd, self.cap, self.parts, self.size, self.cut = fd, cap, [], 0, False
         self.tell = tell  # whom each part is told as it comes
+        self.reset = False  # whether its writer died before it had read all that we sent
 
     def read(self):
         """Reads once, so that a fast writer starves nobody: None where nothing is there, False at the end."""
@@ -14,7 +15,8 @@ class Capture:
             data = os.read(self.fd, 1 << 16)
         except BlockingIOError:
             return None
-        except ConnectionResetError:  # a kernel that died before it read its task
+        except ConnectionResetError:
+            self.reset = True
             return False
         room = self.cap - self.size
         if data and room:

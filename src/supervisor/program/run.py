@@ -186,10 +186,8 @@ class KernelRun(Run):
         try:
             while self.task:
                 self.task = self.task[self.kernel.channel.send(self.task[: 1 << 16]) :]
-        except BlockingIOError:
-            pass
         except OSError:
-            self.task = b""  # it is dead, and about to be seen
+            pass  # it has to read first, or it is dead, and about to be seen
 
     def patience(self):
         if self.kernel.status() is not None:
@@ -212,8 +210,9 @@ class KernelRun(Run):
         """Of a kernel that is dead: it has not read all of its task, or has found that it cannot be interrupted. Its own
         word that it has begun may have been stopped by an earlier run.
         """
+        unread = bool(self.task) or self.result.reset
         refused = os.WIFEXITED(self.status) and os.WEXITSTATUS(self.status) == UNINTERRUPTIBLE
-        return not self.begun and (bool(self.task) or refused)
+        return not self.begun and (unread or refused)
 
     def has_begun(self):
         """Whether the code has: looked up only where it matters, since a word about it would wake us in each run."""

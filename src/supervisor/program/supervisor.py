@@ -51,13 +51,13 @@ class Supervisor:
     def fork_anew(self):
         """A forker that knows what this process knows now, in place of one that is dead or is to be."""
         self.in_reach = False
+        if self.forker:  # first: at the end of its interpreter it would kill a kernel that it was not told to spare
+            self.poller.unregister(self.forker.fd)
+            self.forker.socket.close()
         if self.waiting:  # the old one's
             os.close(self.waiting.task)
             self.waiting.close()
             self.waiting = None
-        if self.forker:
-            self.poller.unregister(self.forker.fd)
-            self.forker.socket.close()
         if self.forker or MODE == BESIDE:  # there is something to kill
             kill_until_nothing_is_left(self.kernel_identity())
         enterable()
