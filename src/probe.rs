@@ -5,7 +5,7 @@ use std::time::Duration;
 use tokio::task::JoinHandle;
 use tokio::time::Instant;
 
-use crate::runtime::{self, Engine, Layer, LayerState, Limit, SandboxSpec, SharedRuntime};
+use crate::runtime::{self, Engine, Layer, LayerState, Limit, SandboxId, SandboxSpec, SharedRuntime};
 use crate::supervisor::{self, Caps, Supervisor};
 
 /// What was found.
@@ -17,7 +17,9 @@ pub struct Findings {
     pub python: String,
     /// From asking the engine to the first hello.
     pub first_hello: Duration,
-    /// The sandbox is on its way out: nobody who waits for a server need wait for that.
+    /// In which they were found.
+    pub sandbox: SandboxId,
+    /// It is on its way out: nobody who waits for a server need wait for that.
     removal: JoinHandle<runtime::Result<()>>,
 }
 
@@ -67,7 +69,7 @@ pub async fn probe(
         Ok((engine, python, first_hello)) => {
             let (runtime, made) = (runtime.clone(), id.clone());
             let removal = tokio::spawn(async move { runtime.remove(&made).await });
-            return Ok(Findings { engine, python, first_hello, removal });
+            return Ok(Findings { engine, python, first_hello, sandbox: id, removal });
         }
         Err(error) => error,
     };

@@ -32,6 +32,7 @@ NEWCOMERS = 4  # a round: users whose first run the kill may hit
 FIRST_ANSWER_S = 5
 SETTLED_S = 60
 PATIENCE_S = 60  # for what should come much sooner
+LIFE_LINES = 300  # of its log, where a life answers late
 CODE = """
 import os, time
 if id:
@@ -161,6 +162,7 @@ class Server:
             settings += ["[%s]" % driver, 'url = "unix://%s"' % self.engine.path]
         config = os.path.join(place, "codesandbox.toml")
         settings = ['listen = "127.0.0.1:%d"' % self.address[1], 'driver = "%s"' % driver, *settings]
+        settings.insert(0, 'log = "info,codesandbox::runtime=debug"')  # how long each call of the engine takes
         # No more than there are: a recovery may not need more room than a life.
         settings += ["[pool]", "size = %d" % POOL, "[session]", "max = %d" % sessions, 'idle_timeout = "24h"']
         with open(config, "w") as file:
@@ -170,6 +172,7 @@ class Server:
     def start(self):
         self.life += 1
         self.down.clear()
+        self.log_begun = os.path.getsize(self.log) if os.path.exists(self.log) else 0
         self.begun = time.monotonic()
         ours = {"stdin": subprocess.DEVNULL, "cwd": "/", "start_new_session": True}  # ^C is for this script alone
         with open(self.log, "a") as log:
@@ -222,6 +225,12 @@ class Server:
             if len(keys.keys() - fine.keys()) != sessions:
                 found.append("containers of %d sessions" % len(keys.keys() - fine.keys()))
         return found
+
+    def quote_life(self):
+        """What the last life has told so far."""
+        with open(self.log) as log:
+            log.seek(self.log_begun)
+            print("this life told:\n", *log.readlines()[:LIFE_LINES], sep="", end="", flush=True)
 
     def quote(self):
         with open(self.log) as log:
@@ -367,6 +376,7 @@ class Loop:
         self.tally.first_answers.append(took - stolen)
         if took - stolen > FIRST_ANSWER_S:
             self.tally.violation("first answer after %.2f s, %.2f s of them stolen by the host" % (took, stolen))
+            self.server.quote_life()
         self.server.steady = True
         list(self.threads.map(User.insist, users))
 

@@ -96,8 +96,10 @@ async fn start(config: &Config) -> Result<(Server, JoinSet<()>), Failure> {
         format!("cannot listen on {}: {error} (configuration key listen, or --listen)", config.listen)
     })?;
     let runtime = start_runtime(config).await?;
-    let (findings, unenforced) = prove(&runtime, config).await?;
-    let left = runtime.list().await?; // by an earlier server: before there is a pool, whose own would be among them
+    // Left by an earlier server: listed before there is a pool, whose own would be among them.
+    let (proof, left) = tokio::join!(prove(&runtime, config), runtime.list());
+    let ((findings, unenforced), mut left) = (proof?, left?);
+    left.retain(|found| found.id != findings.sandbox);
     let pool = Pool::new(runtime, pool_settings(config, caps(config, &unenforced)), metrics.clone());
     let sessions = Sessions::new(pool, session_settings(config), metrics.clone());
     let reconciler = Reconciler::new(sessions.clone(), reconciler_settings(config), left);

@@ -13,12 +13,12 @@ use async_trait::async_trait;
 use futures_util::StreamExt;
 use hyper::{Method, StatusCode};
 use podman_api::Podman as Client;
-use podman_api::models::ContainerStatus;
 use podman_api::opts::{
     ContainerDeleteOpts, ContainerListFilter, ContainerListOpts, ContainerListOptsBuilder, ContainerTopOpts,
-    ContainerWaitOpts, ExecCreateOpts, PullOpts, PullPolicy,
+    ExecCreateOpts, PullOpts, PullPolicy,
 };
 use serde_json::{Value, json};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::sync::OnceCell;
 use tokio::time::Instant;
 
@@ -28,8 +28,8 @@ use super::container::{
 use super::guest::{SECCOMP_PROFILE, WORKSPACE};
 use super::raw::{Failure, Raw, Refusal};
 use super::{
-    Claiming, Engine, Error, Fate, Found, KeySecret, Layer, Result, Runtime, Sandbox, SandboxId, SandboxSpec,
-    SessionKey, detached,
+    Claiming, Duplex, Engine, Error, Fate, Found, KeySecret, Layer, Result, Runtime, Sandbox, SandboxId,
+    SandboxSpec, SessionKey, detached,
 };
 use host::Host;
 use request::{Files, container_request, cpu_quota};
@@ -51,9 +51,7 @@ const EXIT_ATTEMPTS: u32 = 25;
 const EXIT_PAUSE: Duration = Duration::from_millis(20);
 /// In which a PID 1 whose server has gone kills all that is left in its sandbox: as REAP_S in the supervisor.
 const DESERTED_WAIT: Duration = Duration::from_secs(5);
-/// In which a container that loses its stdin has ended: a guess, a hundred times what it takes.
-const EOF_WAIT: Duration = Duration::from_secs(3);
-/// And for a container that ends with its stdin.
+/// In which a container has told of the end of its stdin: a guess, a thousand times what it takes.
 const END_WAIT: Duration = Duration::from_secs(1);
 /// The first uid and gid of a sandbox, in the user namespace that all of this engine's containers are in.
 const FIRST_UID: u32 = 10_000;
@@ -61,8 +59,11 @@ const FIRST_UID: u32 = 10_000;
 const ROOT_UIDS: (u32, u32) = (2_140_000_000, 7_000_000);
 const CGROUPS: &str = "control groups version 2, delegated to this user (memory, cpu and pids in \
                        /sys/fs/cgroup/user.slice/…/cgroup.controllers); or name the limit in allow_unenforced";
-/// Gives back what it gets, until its stdin ends.
-const STDIN_PROBE: &str = "import os\nwhile os.read(0, 1): os.write(1, b'x')";
+/// Gives back what it gets, tells of the end, and waits for its own.
+const STDIN_PROBE: &str = "import os, signal\n\
+                           while got := os.read(0, 1): os.write(1, got)\n\
+                           os.write(1, b'e')\n\
+                           signal.pause()";
 
 /// Where the service reads our seccomp profile: its API takes a path on its own host, and no text.
 #[derive(Debug, Clone)]
@@ -395,8 +396,8 @@ impl Inner {
         self.program.load(Sandbox { id: id.clone(), stream }).await
     }
 
-    /// Whether the operator's conmon keeps a container's stdin open (--leave-stdin-open): tried with a container
-    /// that ends when its stdin does.
+    /// Whether the operator's conmon keeps a container's stdin open when a client goes (--leave-stdin-open): tried
+    /// with a container of its own.
     async fn stdin_survives(self: &Arc<Self>) -> Result<bool> {
         let program = ["python3", "-I", "-S", "-c", STDIN_PROBE].map(str::to_owned).to_vec();
         let spec = SandboxSpec::smallest();
@@ -407,47 +408,41 @@ impl Inner {
         survives
     }
 
-    async fn outlives_its_client(&self, id: &SandboxId, mut stream: super::Duplex) -> Result<bool> {
-        use tokio::io::{AsyncReadExt, AsyncWriteExt};
-        // An attach is acknowledged before it is wired: what comes back proves that it is.
-        let answers = async |stream: &mut super::Duplex| {
-            let echo = async {
-                stream.write_all(b"x").await?;
-                stream.flush().await?;
-                stream.read_u8().await
-            };
-            tokio::time::timeout(EOF_WAIT, echo).await.is_ok_and(|byte| byte.is_ok())
+    /// Its program tells a second client: until the engine tells of a container's end, a busy host takes seconds.
+    async fn outlives_its_client(&self, id: &SandboxId, mut first: Duplex) -> Result<bool> {
+        let mut second = self.attach(id).await?.stream;
+        let told = async {
+            echoed(&mut first, b'1').await?;
+            echoed(&mut second, b'2').await?;
+            drop(first);
+            if let Ok(end) = tokio::time::timeout(END_WAIT, second.read_u8()).await {
+                return end.map(|_| false);
+            }
+            second.write_all(b"3").await?;
+            second.flush().await?;
+            Ok(second.read_u8().await? == b'3')
         };
-        let wired = answers(&mut stream).await;
-        drop(stream);
-        let containers = self.client.containers();
-        let container = containers.get(&id.0);
-        let exited = ContainerWaitOpts::builder().conditions([ContainerStatus::Exited]).build();
-        let end = within_crate("wait", container.wait(&exited));
-        if let Ok(end) = tokio::time::timeout(END_WAIT, end).await {
-            tracing::debug!(wired, "a container ended with its stdin");
-            return end.map(|()| false).map_err(|failure| of(failure, id, "await"));
-        }
-        let mut again = self.attach(id).await?;
-        let survives = answers(&mut again.stream).await;
-        tracing::debug!(wired, survives, "a container did not end with its stdin");
-        // An engine in trouble is silent, too. Where the program had ended after all, the attach has undone that.
-        match survives || self.inspect(id).await?["State"]["Status"] != "running" {
-            true => Ok(survives),
-            false => Err(Error::Unavailable {
-                driver: DRIVER,
-                why: "a container's stdin neither stays open nor ends".into(),
-            }),
-        }
+        let told = within("try stdin", async { told.await.map_err(Failure::Broken) }).await;
+        told.map_err(|failure| of(failure, id, "try the stdin of"))
     }
 
     async fn remove(&self, id: &SandboxId) -> Result<()> {
         let containers = self.client.containers();
         let container = containers.get(&id.0);
         let options = ContainerDeleteOpts::builder().force(true).volumes(true).timeout(0).build();
-        match within_crate("remove", container.delete(&options)).await {
-            Ok(()) | Err(Failure::Refused(Refusal { status: StatusCode::NOT_FOUND, .. })) => {}
-            Err(failure) => return Err(of(failure, id, "remove")),
+        let mut attempts = EXIT_ATTEMPTS;
+        loop {
+            match within_crate("remove", container.delete(&options)).await {
+                Ok(()) | Err(Failure::Refused(Refusal { status: StatusCode::NOT_FOUND, .. })) => break,
+                // It ended by itself, as Podman was about to kill it.
+                Err(Failure::Refused(Refusal { message, .. }))
+                    if attempts > 0 && message.contains("state improper") =>
+                {
+                    attempts -= 1;
+                    tokio::time::sleep(EXIT_PAUSE).await;
+                }
+                Err(failure) => return Err(of(failure, id, "remove")),
+            }
         }
         self.last_words.forget(id);
         Ok(())
@@ -632,6 +627,14 @@ impl Runtime for Podman {
     async fn remove(&self, id: &SandboxId) -> Result<()> {
         self.0.remove(id).await
     }
+}
+
+/// An attach is acknowledged before it is wired: what comes back proves that it is, in both directions.
+async fn echoed(stream: &mut Duplex, byte: u8) -> std::io::Result<()> {
+    stream.write_all(&[byte]).await?;
+    stream.flush().await?;
+    while stream.read_u8().await? != byte {}
+    Ok(())
 }
 
 /// Every call has a deadline: a service may be stopped, and not only dead.
