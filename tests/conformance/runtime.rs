@@ -7,7 +7,7 @@ use codesandbox::runtime::fake::{Fake, Inside};
 use codesandbox::runtime::{Duplex, Error, Fate, Sandbox, SandboxId, SandboxSpec, SessionKey, SharedRuntime};
 use codesandbox::supervisor::{Caps, SOURCE, Supervisor};
 use libtest_mimic::Trial;
-use tokio::io::{AsyncReadExt, DuplexStream};
+use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream};
 use tokio::time::Instant;
 
 use crate::behaviour::Behaviour;
@@ -17,6 +17,8 @@ use crate::drivers::{self, Driver};
 const PATIENCE: Duration = Duration::from_secs(20);
 /// From nothing done to all done, on every driver: a creation is dropped at each of these moments.
 const MOMENTS_MS: [u64; 12] = [0, 1, 2, 4, 8, 15, 30, 50, 75, 100, 150, 250];
+/// A supervisor's first frame, without anything in it.
+const HELLO_TO_DIE_OF: &[u8] = &[0, 0, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0, 0];
 
 /// Whose sandboxes outlive them are told apart from those that end with their driver.
 struct Subject {
@@ -47,6 +49,7 @@ lines! {
     a_removed_sandbox_is_gone,
     remove_twice_is_fine,
     removals_at_once_of_one_sandbox_are_fine,
+    removal_of_one_that_is_just_ending_is_fine,
     remove_of_what_never_was_is_fine,
     the_fate_of_what_never_was_is_gone,
     attach_to_what_is_gone_is_gone,
@@ -228,6 +231,16 @@ async fn removals_at_once_of_one_sandbox_are_fine(subject: &Subject) {
     for removed in [first, second, third] {
         removed.unwrap();
         assert_eq!(subject.runtime.fate(&id).await.unwrap(), Fate::Gone, "who was told so may rely on it");
+    }
+}
+
+async fn removal_of_one_that_is_just_ending_is_fine(subject: &Subject) {
+    let made = (0..12).map(|_| subject.create());
+    for (step, Sandbox { id, mut stream }) in (0..).zip(futures_util::future::join_all(made).await) {
+        stream.write_all(HELLO_TO_DIE_OF).await.unwrap();
+        stream.flush().await.unwrap();
+        tokio::time::sleep(Duration::from_millis(4 * step)).await;
+        subject.runtime.remove(&id).await.unwrap();
     }
 }
 
