@@ -4,6 +4,7 @@ mod doctor;
 mod engine;
 mod run;
 mod serve;
+mod slice;
 
 use std::io::Write;
 use std::net::SocketAddr;
@@ -128,7 +129,8 @@ fn dispatch(options: &Options, command: Command) -> Result<ExitCode, Failure> {
         say(layers.describe()?.trim_end())?;
         return Ok(ExitCode::SUCCESS);
     }
-    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
+    let mut threads = tokio::runtime::Builder::new_multi_thread();
+    let runtime = threads.on_thread_start(slice::shorten).enable_all().build()?;
     runtime.block_on(async {
         match command {
             Command::Serve => serve::serve(config).await,
