@@ -44,8 +44,31 @@ echo "END user"
 python3 -c 'import ctypes; ctypes.CDLL(None).reboot(0x4321fedc)'
 INIT
 chmod 755 "$work/init"
+# A host whose cores have AMX takes no registers of a size that is not its own, which is larger than UML's (until 6.13).
+cc -shared -fPIC -o "$work/ptrace.so" -xc - <<'C'
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <string.h>
+#include <sys/uio.h>
+
+enum { GETREGSET = 0x4204, SETREGSET = 0x4205, XSTATE = 0x202 };
+
+long ptrace(long request, long pid, long address, long data) {
+    static char whole[1 << 16];
+    static long (*next)(long, long, long, long);
+    if (!next)
+        next = (long (*)(long, long, long, long))dlsym(RTLD_NEXT, "ptrace");
+    struct iovec *given = (struct iovec *)data, all = {whole, sizeof whole};
+    if (request == SETREGSET && address == XSTATE && next(GETREGSET, pid, XSTATE, (long)&all) == 0 &&
+        given->iov_len < all.iov_len) {
+        memcpy(whole, given->iov_base, given->iov_len);
+        data = (long)&all;
+    }
+    return next(request, pid, address, data);
+}
+C
 # How it ends tells nothing; what it printed is checked below, its end included.
-timeout 600 linux.uml mem=1500M root=/dev/root rootfstype=hostfs rootflags=/ rw init="$work/init" \
+LD_PRELOAD="$work/ptrace.so" timeout 600 linux.uml mem=1500M root=/dev/root rootfstype=hostfs rootflags=/ rw init="$work/init" \
     con=null con0=fd:0,fd:1 quiet </dev/null >"$work/log" 2>&1 || true
 
 passed=0 failed=0
