@@ -129,6 +129,7 @@ fn dispatch(options: &Options, command: Command) -> Result<ExitCode, Failure> {
         say(layers.describe()?.trim_end())?;
         return Ok(ExitCode::SUCCESS);
     }
+    slice::shorten(); // this thread listens
     let mut threads = tokio::runtime::Builder::new_multi_thread();
     let runtime = threads.on_thread_start(slice::shorten).enable_all().build()?;
     runtime.block_on(async {

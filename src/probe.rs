@@ -2,7 +2,6 @@
 
 use std::time::Duration;
 
-use tokio::task::JoinHandle;
 use tokio::time::Instant;
 
 use crate::runtime::{self, Engine, Layer, LayerState, Limit, SandboxId, SandboxSpec, SharedRuntime};
@@ -19,8 +18,7 @@ pub struct Findings {
     pub first_hello: Duration,
     /// In which they were found.
     pub sandbox: SandboxId,
-    /// It is on its way out: nobody who waits for a server need wait for that.
-    removal: JoinHandle<runtime::Result<()>>,
+    runtime: SharedRuntime,
 }
 
 /// Why the probe itself failed.
@@ -42,7 +40,7 @@ pub enum Error {
     Late(Duration),
 }
 
-/// Makes a sandbox, tries every layer from inside and begins to remove it.
+/// Makes a sandbox, and tries every layer from inside. It is to be removed: see `Findings::remove`.
 ///
 /// # Errors
 /// Where no sandbox comes up. A layer that does not hold is no error: see `Findings::missing`.
@@ -67,9 +65,8 @@ pub async fn probe(
     .await;
     let error = match looked {
         Ok((engine, python, first_hello)) => {
-            let (runtime, made) = (runtime.clone(), id.clone());
-            let removal = tokio::spawn(async move { runtime.remove(&made).await });
-            return Ok(Findings { engine, python, first_hello, sandbox: id, removal });
+            let runtime = runtime.clone();
+            return Ok(Findings { engine, python, first_hello, sandbox: id, runtime });
         }
         Err(error) => error,
     };
@@ -92,15 +89,22 @@ impl Error {
 }
 
 impl Findings {
-    /// Waits until the sandbox is gone, for a program that ends: a server goes on meanwhile.
+    /// Removes the sandbox.
     ///
     /// # Errors
     /// Where the engine does not remove it.
-    pub async fn removed(self) -> Result<(), Error> {
-        let removed = self.removal.await;
-        Ok(removed.unwrap_or_else(|panic| {
-            Err(runtime::Error::Failed { what: "remove".into(), source: std::io::Error::other(panic) })
-        })?)
+    pub async fn remove(&self) -> runtime::Result<()> {
+        self.runtime.remove(&self.sandbox).await
+    }
+
+    /// The same in the background: nobody who waits for a server need wait for that.
+    pub fn remove_beside(&self) {
+        let (runtime, id) = (self.runtime.clone(), self.sandbox.clone());
+        tokio::spawn(async move {
+            if let Err(error) = runtime.remove(&id).await {
+                tracing::warn!(sandbox = %id, %error, "cannot remove the first sandbox");
+            }
+        });
     }
 
     /// The layers that are missing and that nobody allowed to be.

@@ -34,7 +34,7 @@ pub(super) async fn doctor(mut config: Config) -> Result<ExitCode, Failure> {
         }
     }
     let missing: Vec<_> = findings.missing(&config.allow_unenforced).map(|layer| layer.name).collect();
-    findings.removed().await?;
+    findings.remove().await?;
     if missing.is_empty() {
         say("\nA server starts with this configuration.")?;
         return Ok(ExitCode::SUCCESS);

@@ -42,7 +42,7 @@ pub(super) async fn run(mut config: Config, arguments: Arguments) -> Result<Exit
     let others = stand_apart(&mut config)?;
     let runtime = start_runtime(&config).await?;
     let (findings, unenforced) = prove(&runtime, &config).await?;
-    findings.removed().await?;
+    findings.remove().await?;
     for limit in &unenforced {
         eprintln!("codesandbox: {limit}: not enforced on this host, as --allow-unenforced allows");
     }

@@ -96,10 +96,12 @@ async fn start(config: &Config) -> Result<(Server, JoinSet<()>), Failure> {
         format!("cannot listen on {}: {error} (configuration key listen, or --listen)", config.listen)
     })?;
     let runtime = start_runtime(config).await?;
-    // Left by an earlier server: listed before there is a pool, whose own would be among them.
-    let (proof, left) = tokio::join!(prove(&runtime, config), runtime.list());
-    let ((findings, unenforced), mut left) = (proof?, left?);
+    let (findings, unenforced) = prove(&runtime, config).await?;
+    // By an earlier server: before there is a pool, whose own would be among them; after the proof, in whose time an
+    // engine has done what that server had told it last; and before the removal, for which Podman's list would wait.
+    let mut left = runtime.list().await?;
     left.retain(|found| found.id != findings.sandbox);
+    findings.remove_beside();
     let pool = Pool::new(runtime, pool_settings(config, caps(config, &unenforced)), metrics.clone());
     let sessions = Sessions::new(pool, session_settings(config), metrics.clone());
     let reconciler = Reconciler::new(sessions.clone(), reconciler_settings(config), left);
@@ -176,7 +178,7 @@ pub(super) async fn prove(
             let remedy = layer.remedy.as_deref().unwrap_or("see `codesandbox doctor`");
             text += &format!("\n  {}: {}\n    what helps: {remedy}", layer.name, layer.by);
         }
-        findings.removed().await?;
+        findings.remove().await?;
         return Err(text.into());
     }
     let lacking = findings.engine.layers.iter().filter(|layer| layer.state == LayerState::Unenforced);

@@ -45,14 +45,14 @@ const HOSTS: &str = "127.0.0.1 localhost sandbox\n::1 localhost sandbox\n";
 const ATTACH_ATTEMPTS: u32 = 50;
 /// See `ATTACH_ATTEMPTS`.
 const ATTACH_PAUSE: Duration = Duration::from_millis(20);
-/// A container that has ended is looked at again until conmon has told its exit status.
+/// A container that has ended is looked at, or removed, again until conmon has told its exit status.
 const EXIT_ATTEMPTS: u32 = 25;
 /// See `EXIT_ATTEMPTS`.
 const EXIT_PAUSE: Duration = Duration::from_millis(20);
 /// In which a PID 1 whose server has gone kills all that is left in its sandbox: as REAP_S in the supervisor.
 const DESERTED_WAIT: Duration = Duration::from_secs(5);
 /// In which a container has told of the end of its stdin: a guess, a thousand times what it takes.
-const END_WAIT: Duration = Duration::from_secs(1);
+const END_WAIT: Duration = Duration::from_secs(2);
 /// The first uid and gid of a sandbox, in the user namespace that all of this engine's containers are in.
 const FIRST_UID: u32 = 10_000;
 /// As root, uids that neither systemd nor useradd hands out, beside those of the other drivers.
@@ -401,8 +401,11 @@ impl Inner {
     async fn stdin_survives(self: &Arc<Self>) -> Result<bool> {
         let program = ["python3", "-I", "-S", "-c", STDIN_PROBE].map(str::to_owned).to_vec();
         let spec = SandboxSpec::smallest();
-        let Sandbox { id, stream } = self.make(self.names.helper()?, &spec, program).await?;
-        let survives = self.outlives_its_client(&id, stream).await;
+        // What befalls the helper is no word on the sandbox that somebody asks for.
+        let unknown = |error: Error| Error::Unavailable { driver: DRIVER, why: error.to_string() };
+        let Sandbox { id, stream } =
+            self.make(self.names.helper()?, &spec, program).await.map_err(unknown)?;
+        let survives = self.outlives_its_client(&id, stream).await.map_err(unknown);
         let inner = self.clone();
         tokio::spawn(async move { container::undone(inner.remove(&id).await) }); // sessions wait for the answer alone
         survives

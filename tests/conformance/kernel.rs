@@ -274,9 +274,13 @@ fn a_kernel_that_is_killed_between_runs_is_told_lost_once(driver: &Driver) {
 fn a_kernel_that_dies_before_it_has_read_a_run_is_replaced_for_it(driver: &Driver) {
     let (server, u) = driver.server(&[]);
     let code = "import subprocess, sys, os\nx = subprocess.Popen([sys.executable, '-c', 'import os, time\\n\
-                time.sleep(0.3); os.kill(%d, 19); time.sleep(1); os.kill(%d, 9)' % (os.getpid(), os.getpid())])";
+                time.sleep(0.3); os.kill(%d, 19); open(\"stopped\", \"w\"); time.sleep(2); os.kill(%d, 9)' % \
+                (os.getpid(), os.getpid())])";
     assert!(kernel(&server, &u, code).get("error").is_none());
-    std::thread::sleep(Duration::from_millis(700)); // it is stopped by now
+    let stopped = format!("/sessions/{u}/files/stopped");
+    while server.get(&stopped).0 != 200 {
+        std::thread::sleep(Duration::from_millis(20));
+    }
     let answer = kernel(&server, &u, "open('log', 'a').write('1'); 1");
     assert_eq!((&answer["result"], &answer["session"]), (&json!(1), &json!("kernel_lost")), "{answer}");
     assert_eq!(kernel(&server, &u, "open('log').read()")["result"], "1");

@@ -235,13 +235,34 @@ async fn removals_at_once_of_one_sandbox_are_fine(subject: &Subject) {
 }
 
 async fn removal_of_one_that_is_just_ending_is_fine(subject: &Subject) {
-    let made = (0..12).map(|_| subject.create());
-    for (step, Sandbox { id, mut stream }) in (0..).zip(futures_util::future::join_all(made).await) {
-        stream.write_all(HELLO_TO_DIE_OF).await.unwrap();
-        stream.flush().await.unwrap();
-        tokio::time::sleep(Duration::from_millis(4 * step)).await;
-        subject.runtime.remove(&id).await.unwrap();
+    for step in (0..12).step_by(3) {
+        let made = futures_util::future::join_all((0..3).map(|_| subject.create())).await;
+        for (step, sandbox) in (step..).zip(made) {
+            let Sandbox { id, stream } = dying(sandbox).await;
+            tokio::time::sleep(Duration::from_millis(4 * step)).await;
+            drop(stream);
+            subject.runtime.remove(&id).await.unwrap();
+        }
     }
+    if subject.runtime.name() == "fake" {
+        return; // has no supervisor
+    }
+    let Sandbox { id, stream } = dying(subject.create().await).await;
+    let ended = async {
+        while matches!(subject.runtime.fate(&id).await.unwrap(), Fate::Running { .. }) {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    };
+    tokio::time::timeout(PATIENCE, ended).await.expect("these have been ending, indeed");
+    drop(stream);
+    subject.runtime.remove(&id).await.unwrap();
+}
+
+/// Has its supervisor end.
+async fn dying(mut sandbox: Sandbox) -> Sandbox {
+    sandbox.stream.write_all(HELLO_TO_DIE_OF).await.unwrap();
+    sandbox.stream.flush().await.unwrap();
+    sandbox
 }
 
 async fn remove_of_what_never_was_is_fine(subject: &Subject) {

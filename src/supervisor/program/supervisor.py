@@ -120,6 +120,7 @@ class Supervisor:
         for _ in range(2):
             self.kernel = self.kernel or Kernel(self.limits)
             run = KernelRun(self, nonce, options, self.kernel, task)
+            run.deadline = begun + options["timeout_ms"] / 1000  # of both together
             run.wait()
             run.drain()
             if not run.forker_died:
