@@ -68,7 +68,8 @@ long ptrace(long request, long pid, long address, long data) {
 }
 C
 # How it ends tells nothing; what it printed is checked below, its end included.
-LD_PRELOAD="$work/ptrace.so" timeout 600 linux.uml mem=1500M root=/dev/root rootfstype=hostfs rootflags=/ rw init="$work/init" \
+LD_PRELOAD="$work/ptrace.so" timeout 600 linux.uml \
+    mem=1500M root=/dev/root rootfstype=hostfs rootflags=/ rw init="$work/init" \
     con=null con0=fd:0,fd:1 quiet </dev/null >"$work/log" 2>&1 || true
 
 passed=0 failed=0

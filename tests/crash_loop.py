@@ -161,8 +161,8 @@ class Server:
             settings += ['image = "%s"' % os.environ["TEST_IMAGE"], 'pull = "never"']
             settings += ["[%s]" % driver, 'url = "unix://%s"' % self.engine.path]
         config = os.path.join(place, "codesandbox.toml")
-        settings = ['listen = "127.0.0.1:%d"' % self.address[1], 'driver = "%s"' % driver, *settings]
-        settings.insert(0, 'log = "info,codesandbox::runtime=debug"')  # how long each call of the engine takes
+        log = "info,codesandbox::runtime=debug"  # how long each call of the engine takes, too
+        settings = ['log = "%s"' % log, 'listen = "127.0.0.1:%d"' % self.address[1], 'driver = "%s"' % driver, *settings]
         # No more than there are: a recovery may not need more room than a life.
         settings += ["[pool]", "size = %d" % POOL, "[session]", "max = %d" % sessions, 'idle_timeout = "24h"']
         with open(config, "w") as file:
